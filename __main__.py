@@ -1,0 +1,5 @@
+"""``python -m featherlight`` is the ``featherlight`` command."""
+
+from featherlight.cli import main
+
+main()
