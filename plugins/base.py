@@ -1,0 +1,119 @@
+"""The contract every method is written against.
+
+A method is one :class:`Plugin`: what it does to the model being trained, to what travels, and to the server. Hosts (a
+Lightning callback, a federated loop) call its verbs in a fixed order and know no method by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Message = dict[str, Tensor]
+"""What travels: entries of a ``state_dict`` (or what codecs made of them) by name."""
+
+
+class Clock(NamedTuple):
+    """Where training is: all a schedule may depend on.
+
+    Args:
+        period: epochs done under a Trainer, rounds done in a federation.
+        step: optimizer steps done since this period (this client's visit, in a federation) began.
+    """
+
+    period: int
+    step: int = 0
+
+
+class Change(NamedTuple):
+    """Parameters that stopped and parameters that began to be trained; falsy when there are none."""
+
+    froze: tuple[nn.Parameter, ...] = ()
+    thawed: tuple[nn.Parameter, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.froze or self.thawed)
+
+
+class Visit(NamedTuple):
+    """One client's turn in one round; all randomness of that turn comes from these three numbers.
+
+    Under a Trainer there is one client, number 0, and the round is the epoch.
+    """
+
+    round: int
+    client: int = 0
+    seed: int = 0
+
+
+class Plugin:
+    """A training method. Every verb does nothing unless overridden; override only what the method needs.
+
+    A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
+    :meth:`visit`, and in every step :meth:`before_forward`, :meth:`extra_loss`, :meth:`after_backward` and
+    :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it. A federated host also calls
+    :meth:`narrow`, the wire's :meth:`encode` and :meth:`decode`, and the server's :meth:`lift` and :meth:`settle`.
+    """
+
+    # -- on the model being trained -------------------------------------------------------------------------------
+    def attach(self, model: nn.Module) -> None:
+        """Resolve names in ``model`` and prepare it. Existing ``state_dict`` keys never change."""
+
+    def advance(self, clock: Clock) -> Change:
+        """Bring the model to where ``clock`` says it is. A pure function of the clock, and idempotent: resume needs no state."""
+        return Change()
+
+    def visit(self, visit: Visit) -> None:
+        """A client's turn begins: draw what this method draws once per client and round."""
+
+    def before_forward(self, clock: Clock) -> None:
+        """Put the model in its training form for one step."""
+
+    def extra_loss(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """A scalar that the host adds to the model's own loss (alignment, proximal terms), or None."""
+        return None
+
+    def after_backward(self, clock: Clock) -> None:
+        """Gradients are complete and not yet applied."""
+
+    def after_step(self, clock: Clock) -> None:
+        """The step is over: leave the training form that :meth:`before_forward` put on."""
+
+    def detach(self) -> None:
+        """Leave an ordinary ``nn.Module``."""
+
+    # -- federated: structure and wire ----------------------------------------------------------------------------
+    def narrow(self, server: nn.Module, visit: Visit) -> nn.Module | None:
+        """A really smaller module for this client, or None where the client trains the model as it is."""
+        return None
+
+    def encode(self, message: Message, visit: Visit) -> Message:
+        """Sender's side, both directions: select, project or quantise entries."""
+        return message
+
+    def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
+        """Receiver's side, per message, in the opposite order of :meth:`encode`.
+
+        An entry may become ``(value, weight)`` with ``weight`` of the value's shape: 0 where this client held nothing.
+        """
+        return message
+
+    # -- federated: the server, once a round ----------------------------------------------------------------------
+    def lift(self, total: Message, clock: Clock) -> Message:
+        """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again."""
+        return total
+
+    def settle(self, server: nn.Module, clock: Clock) -> None:
+        """After the server's update: a new factorisation, calibration on the server's own data."""
+
+    # -- what a method is -----------------------------------------------------------------------------------------
+    def describe(self) -> dict[str, Any]:
+        """The constructor's arguments: what a checkpoint compares to recognise a run of another configuration."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def overrides(plugin: Plugin, verb: str) -> bool:
+    """Whether ``plugin`` does something of its own at ``verb``."""
+    return getattr(type(plugin), verb) is not getattr(Plugin, verb)
