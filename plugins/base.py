@@ -65,6 +65,10 @@ class Plugin:
         """Bring the model to where ``clock`` says it is. A pure function of the clock, and idempotent: resume needs no state."""
         return Change()
 
+    def stage(self, period: int) -> int:
+        """The stage, counted from 0, that ``period`` belongs to: spans of periods that cost the same. Never falls as periods go by."""
+        return 0
+
     def visit(self, visit: Visit) -> None:
         """A client's turn begins: draw what this method draws once per client and round."""
 

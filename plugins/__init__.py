@@ -1,0 +1,27 @@
+"""Methods, written once: what each does to an ``nn.Module``, to what travels, and to the server. Needs torch alone."""
+
+from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
+from featherlight.plugins.blocks import Tower, find_blocks
+from featherlight.plugins.chain import Chain
+from featherlight.plugins.depth_dropout import DepthDropout
+from featherlight.plugins.layer_freezing import LayerFreezing
+from featherlight.plugins.present import held, trained
+from featherlight.plugins.progressive_growth import ProgressiveGrowth
+from featherlight.plugins.targets import find_targets
+
+__all__ = [
+    "Chain",
+    "Change",
+    "Clock",
+    "DepthDropout",
+    "LayerFreezing",
+    "Message",
+    "Plugin",
+    "ProgressiveGrowth",
+    "Tower",
+    "Visit",
+    "find_blocks",
+    "find_targets",
+    "held",
+    "trained",
+]

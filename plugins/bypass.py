@@ -1,0 +1,79 @@
+"""Leaving blocks out of a model without taking them out of it.
+
+A block is made bypassable by swapping its class, as ``torch.nn.utils.parametrize`` does: parameters, ``state_dict`` keys,
+``isinstance``, ``deepcopy`` and ``torch.compile`` go on as before, and what a bypassed block does is to hand on its input. Three marks on a
+block say everything that hosts and methods need to know of it; each holds the names of those who set it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Bypass:
+    """Mixed in before a block's own class: its forward, or its input where somebody bypasses it."""
+
+    _bypassed_by: frozenset[str] = frozenset()
+    _frozen: bool = False
+    _residual_scale: float = 1.0
+    _instead: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered a second time
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._bypassed_by:
+            return self._instead[0](args[0]) if self._instead else args[0]
+        if self._frozen and torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            raise RuntimeError(
+                "the input of a frozen block requires grad, so everything before it is kept for backward and nothing is saved: "
+                "something in front of the blocks still trains (name it with stem=[...]), or the images require grad"
+            )
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if self._residual_scale != 1.0:
+            out = args[0] + (out - args[0]) * self._residual_scale
+        return out
+
+
+def make_bypassable(block: nn.Module) -> None:
+    """Swap ``block``'s class for one whose forward can be bypassed; a second call changes nothing."""
+    if isinstance(block, Bypass):
+        return
+    if isinstance(block, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(f"a block must be a module with a forward; {type(block).__name__} has none: name its items, as in 'layers.*'")
+    own = type(block)
+    if own not in _CLASSES:
+        _CLASSES[own] = type(f"Bypassable{own.__name__}", (Bypass, own), {"__module__": own.__module__})
+    block.__class__ = _CLASSES[own]
+
+
+def restore(block: nn.Module) -> None:
+    """Give ``block`` its own class back and clear every mark."""
+    if isinstance(block, Bypass):
+        block.__class__ = type(block).__mro__[2]  # [Bypassable…, Bypass, own]
+    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_residual_scale", "_instead"):
+        block.__dict__.pop(mark, None)
+
+
+def _mark(module: nn.Module, mark: str, owner: str, on: bool) -> None:
+    owners: frozenset[str] = module.__dict__.get(mark, frozenset())
+    wanted = owners | {owner} if on else owners - {owner}
+    if wanted != owners:
+        setattr(module, mark, wanted)
+
+
+def set_bypassed(block: nn.Module, owner: str, on: bool) -> None:
+    """Whether the forward pass skips ``block`` on ``owner``'s account."""
+    _mark(block, "_bypassed_by", owner, on)
+
+
+def set_absent(module: nn.Module, owner: str, on: bool) -> None:
+    """Whether ``module`` is not there at all on ``owner``'s account: not held, not computed, not sent."""
+    _mark(module, "_absent_for", owner, on)
+
+
+def is_absent(module: nn.Module, but: str = "") -> bool:
+    """Whether anybody (other than ``but``) leaves ``module`` out."""
+    return bool(module.__dict__.get("_absent_for", frozenset()) - {but})

@@ -1,0 +1,94 @@
+"""Several plugins as one, so that a host holds exactly one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, overrides
+
+
+class Chain(Plugin):
+    """Plugins in the order given; the first to encode is the last to decode.
+
+    Args:
+        plugins: at most one of them may narrow the model.
+    """
+
+    def __init__(self, plugins: Iterable[Plugin] = ()) -> None:
+        self.plugins = tuple(plugins)
+        for plugin in self.plugins:
+            if not isinstance(plugin, Plugin):
+                raise TypeError(f"{plugin!r} is not a featherlight Plugin; a method is a subclass of featherlight.plugins.Plugin")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether any plugin changes what travels; where none does, entries travel as they are."""
+        return any(overrides(plugin, "encode") for plugin in self.plugins)
+
+    def attach(self, model: nn.Module) -> None:
+        for plugin in self.plugins:
+            plugin.attach(model)
+
+    def advance(self, clock: Clock) -> Change:
+        changes = [plugin.advance(clock) for plugin in self.plugins]
+        return Change(tuple(p for c in changes for p in c.froze), tuple(p for c in changes for p in c.thawed))
+
+    def stage(self, period: int) -> int:
+        return sum(plugin.stage(period) for plugin in self.plugins)
+
+    def visit(self, visit: Visit) -> None:
+        for plugin in self.plugins:
+            plugin.visit(visit)
+
+    def before_forward(self, clock: Clock) -> None:
+        for plugin in self.plugins:
+            plugin.before_forward(clock)
+
+    def extra_loss(self, model: nn.Module, batch: Any) -> Tensor | None:
+        terms = [term for plugin in self.plugins if (term := plugin.extra_loss(model, batch)) is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def after_backward(self, clock: Clock) -> None:
+        for plugin in self.plugins:
+            plugin.after_backward(clock)
+
+    def after_step(self, clock: Clock) -> None:
+        for plugin in reversed(self.plugins):
+            plugin.after_step(clock)
+
+    def detach(self) -> None:
+        for plugin in reversed(self.plugins):
+            plugin.detach()
+
+    def narrow(self, server: nn.Module, visit: Visit) -> nn.Module | None:
+        narrowing = [plugin for plugin in self.plugins if overrides(plugin, "narrow")]
+        if len(narrowing) > 1:
+            names = ", ".join(type(plugin).__name__ for plugin in narrowing)
+            raise ValueError(f"only one plugin may narrow the model, but {names} do; choose one")
+        return narrowing[0].narrow(server, visit) if narrowing else None
+
+    def encode(self, message: Message, visit: Visit) -> Message:
+        for plugin in self.plugins:
+            message = plugin.encode(message, visit)
+        return message
+
+    def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
+        decoded: Mapping[str, Any] = message
+        for plugin in reversed(self.plugins):
+            decoded = plugin.decode(dict(decoded), visit)
+        return decoded
+
+    def lift(self, total: Message, clock: Clock) -> Message:
+        for plugin in reversed(self.plugins):
+            total = plugin.lift(total, clock)
+        return total
+
+    def settle(self, server: nn.Module, clock: Clock) -> None:
+        for plugin in self.plugins:
+            plugin.settle(server, clock)
+
+    def describe(self) -> dict[str, Any]:
+        return {f"{position}.{type(plugin).__name__}": plugin.describe() for position, plugin in enumerate(self.plugins)}
