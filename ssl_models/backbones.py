@@ -1,0 +1,257 @@
+"""Backbones as named blocks: images in, one pooled feature vector per image out.
+
+:func:`make_backbone` builds any of them by name. What a block is called matters: methods select blocks by path, such as
+``backbone.layer*`` of a ResNet or ``backbone.blocks.*`` of a vision transformer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def make_backbone(name: str, image_size: int = 32, in_channels: int = 3, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A backbone by name, its classifier removed: ``(N, C, H, W)`` to ``(N, feature_dim)``.
+
+    Args:
+        name: one of :data:`BACKBONES`, ``timm/NAME`` or ``torchvision/NAME``.
+        image_size: height and width in pixels. Only transformers depend on it.
+        in_channels: channels of an image.
+        pretrained: load the weights that timm or torchvision publish.
+        options: passed on to the builder, for example ``depth=4, width=64, heads=4`` of ``vit``.
+
+    Returns:
+        A module with the attribute ``feature_dim``.
+
+    Raises:
+        ValueError: no such backbone, no such option, or sizes that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> make_backbone("vit", image_size=8, in_channels=1, depth=2, width=32, heads=2, patch_size=2)(
+        ...     torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 32])
+    """
+    library, _, model = name.partition("/")
+    if model and library in LIBRARIES:
+        return LIBRARIES[library](model, image_size, in_channels, pretrained, **options)
+    if name not in BACKBONES:
+        near = difflib.get_close_matches(name, BACKBONES, 1)
+        raise ValueError(
+            f'backbone "{name}" not found; there are {", ".join(BACKBONES)}, and any timm/NAME or torchvision/NAME'
+            + (f'. Did you mean "{near[0]}"?' if near else "")
+        )
+    if pretrained:
+        raise ValueError(f'backbone "{name}" has no pretrained weights; timm/NAME and torchvision/NAME have')
+    builder = BACKBONES[name]
+    allowed = [option for option in inspect.signature(builder).parameters if option not in ("image_size", "in_channels")]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ValueError(f'backbone "{name}" has no option "{unknown[0]}"; it takes {", ".join(allowed) if allowed else "none"}')
+    return builder(image_size=image_size, in_channels=in_channels, **options)
+
+
+# -- vision transformers --------------------------------------------------------------------------------------------
+def vit(
+    image_size: int,
+    in_channels: int,
+    depth: int = 6,
+    width: int = 96,
+    heads: int = 3,
+    patch_size: int = 4,
+    mlp_ratio: float = 4.0,
+) -> nn.Module:
+    """A vision transformer (arXiv 2010.11929) with a class token: ``blocks.0`` … ``blocks.{depth-1}``, then ``norm``."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one of them")
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}: change one of them")
+    model = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=in_channels,
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+    )
+    return _with_feature_dim(model, width)
+
+
+def vit_tiny(
+    image_size: int,
+    in_channels: int,
+    depth: int = 12,
+    width: int = 192,
+    heads: int = 3,
+    patch_size: int = 4,
+    mlp_ratio: float = 4.0,
+) -> nn.Module:
+    """ViT-Tiny/4 as LW-FedSSL trains it (arXiv 2401.11647): 12 blocks of 444,864 parameters, 65 tokens at 32 px."""
+    return vit(image_size, in_channels, depth, width, heads, patch_size, mlp_ratio)
+
+
+# -- convolutional networks -----------------------------------------------------------------------------------------
+def resnet18_cifar(image_size: int, in_channels: int) -> nn.Module:
+    """ResNet-18 for small images: a 3×3 stem of stride 1 without pooling (arXiv 2002.05709, B.9); ``layer1`` … ``layer4``."""
+    from torchvision.models import resnet18
+
+    model = resnet18()
+    model.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision initialises its stem
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    model.fc = nn.Identity()  # type: ignore[assignment]
+    return _with_feature_dim(model, 512)
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution 3×3, batch norm, ReLU, and a 2×2 maximum where ``pool``: ``(N, C, H, W)`` to ``(N, width, …)``."""
+
+    def __init__(self, in_channels: int, width: int, pool: bool = False, bias: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=bias)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.ReLU(inplace=True)
+        # An image that has shrunk to one pixel stays as it is: any image size works.
+        self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
+
+
+class Residual(nn.Module):
+    """``x + g(x)`` with g two convolution blocks: shape-preserving, so it can be left out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBlock(width, width)
+        self.conv2 = ConvBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+class ResNet9(nn.Module):
+    """The small residual network of the federated papers (FetchSGD, arXiv 2007.07682): ``stem``, ``layer1`` … ``layer3``."""
+
+    feature_dim = 512
+
+    def __init__(self, image_size: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = ConvBlock(in_channels, 64)
+        self.layer1 = nn.Sequential()
+        self.layer1.conv = ConvBlock(64, 128, pool=True)
+        self.layer1.residual = Residual(128)
+        self.layer2 = nn.Sequential()
+        self.layer2.conv = ConvBlock(128, 256, pool=True)
+        self.layer3 = nn.Sequential()
+        self.layer3.conv = ConvBlock(256, 512, pool=True)
+        self.layer3.residual = Residual(512)
+        self.pool = nn.AdaptiveMaxPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.layer3(self.layer2(self.layer1(self.stem(x))))).flatten(1)
+
+
+class VGG11(nn.Module):
+    """VGG-11 (arXiv 1409.1556) with batch norm: ``blocks.0`` … ``blocks.7``, one convolution each.
+
+    Args:
+        image_size: not used: every size works.
+        in_channels: channels of an image.
+        fully_connected: keep the two hidden layers of 4,096 of the classifier, on 512×2×2. With a linear layer for 10
+            classes this is the network of 34.4 M parameters that EcoFed trains.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, fully_connected: bool = False) -> None:
+        super().__init__()
+        widths = (64, 128, 256, 256, 512, 512, 512, 512)
+        pooled = (True, True, False, True, False, True, False, False)
+        inputs = (in_channels, *widths[:-1])
+        self.blocks = nn.Sequential(*(ConvBlock(*layer, bias=True) for layer in zip(inputs, widths, pooled)))
+        self.pool = nn.AdaptiveAvgPool2d(2 if fully_connected else 1)
+        self.fc = nn.Identity()
+        self.feature_dim = 512
+        if fully_connected:
+            self.fc = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(True), nn.Linear(4096, 4096), nn.ReLU(True))
+            self.feature_dim = 4096
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.blocks(x)).flatten(1))
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "resnet18_cifar": resnet18_cifar,
+    "resnet9": ResNet9,
+    "vgg11": VGG11,
+    "vit": vit,
+    "vit_tiny": vit_tiny,
+}
+
+
+# -- any model of two libraries -------------------------------------------------------------------------------------
+def from_timm(name: str, image_size: int, in_channels: int, pretrained: bool, **options: Any) -> nn.Module:
+    """A timm model without its classifier. ``image_size`` reaches the models that take one."""
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise _not_found("timm", name, timm.list_models())
+    options = {"num_classes": 0, "in_chans": in_channels, **options}
+    try:
+        model = timm.create_model(name, pretrained, img_size=image_size, **options)
+    except TypeError:  # convolutional networks take images of any size, and refuse the argument
+        model = timm.create_model(name, pretrained, **options)
+    return _with_feature_dim(model, getattr(model, "head_hidden_size", None) or model.num_features)
+
+
+def from_torchvision(name: str, image_size: int, in_channels: int, pretrained: bool, **options: Any) -> nn.Module:
+    """A torchvision classification model without its last linear layer."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise _not_found("torchvision", name, models.list_models(module=models))
+    if pretrained and in_channels != 3:
+        raise ValueError(f"the weights of torchvision/{name} take 3 channels, not {in_channels}; timm/NAME adapts its own")
+    if "image_size" in inspect.signature(models.VisionTransformer).parameters and name.startswith("vit"):
+        options = {"image_size": image_size, **options}
+    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or linear[-1].partition(".")[0] not in ("fc", "classifier", "head", "heads"):
+        raise ValueError(f"torchvision/{name} does not end in a linear classifier; choose another model")
+    feature_dim = model.get_submodule(linear[-1]).in_features
+    model.set_submodule(linear[-1], nn.Identity())
+    if in_channels != 3:
+        path, stem = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+        model.set_submodule(path, _with_channels(stem, in_channels))
+    return _with_feature_dim(model, feature_dim)
+
+
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": from_torchvision}
+
+
+def _with_feature_dim(model: nn.Module, feature_dim: int) -> nn.Module:
+    model.feature_dim = feature_dim  # type: ignore[assignment]
+    return model
+
+
+def _with_channels(conv: nn.Conv2d, in_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        conv.bias is not None,
+    )
+
+
+def _not_found(library: str, name: str, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{library}.list_models() lists all {len(known)}"
+    return ValueError(f'{library} has no model "{name}"; {hint}')
