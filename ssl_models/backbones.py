@@ -174,7 +174,7 @@ class VGG11(nn.Module):
         inputs = (in_channels, *widths[:-1])
         self.blocks = nn.Sequential(*(ConvBlock(*layer, bias=True) for layer in zip(inputs, widths, pooled)))
         self.pool = nn.AdaptiveAvgPool2d(2 if fully_connected else 1)
-        self.fc = nn.Identity()
+        self.fc = nn.Sequential()
         self.feature_dim = 512
         if fully_connected:
             self.fc = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(True), nn.Linear(4096, 4096), nn.ReLU(True))
@@ -233,8 +233,8 @@ def from_torchvision(name: str, image_size: int, in_channels: int, pretrained: b
 LIBRARIES: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": from_torchvision}
 
 
-def _with_feature_dim(model: nn.Module, feature_dim: int) -> nn.Module:
-    model.feature_dim = feature_dim  # type: ignore[assignment]
+def _with_feature_dim(model: nn.Module, feature_dim: Any) -> nn.Module:
+    model.feature_dim = feature_dim
     return model
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,9 +32,6 @@ class Learner(LightningModule):
         warmup_periods: periods of linear warm-up at the start.
     """
 
-    targets: Mapping[str, str] = {}
-    """Momentum copies of this model: path of the copy to path of the module it follows."""
-
     def __init__(
         self,
         backbone: str,
@@ -51,8 +49,11 @@ class Learner(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.targets: dict[str, str] = {}
+        """Momentum copies in this model: path of the copy to path of the module that it follows."""
         self.lr_factor = make_schedule(schedule, periods, warmup_periods)
         self.backbone = make_backbone(backbone, image_size, in_channels, pretrained, **(backbone_options or {}))
+        self.feature_dim = int(cast(int, self.backbone.feature_dim))
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features, as probes take them: ``(N, C, H, W)`` to ``(N, feature_dim)``."""
@@ -62,7 +63,7 @@ class Learner(LightningModule):
         """The features of ``x``: ``(N, C, H, W)`` to ``(N, feature_dim)``."""
         return self.features(x)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """One optimizer over every parameter but the targets', and a scheduler that steps once a period."""
         copies = tuple(f"{path}." for path in self.targets)
         own = [parameter for name, parameter in self.named_parameters() if not name.startswith(copies)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,19 +52,25 @@ def make_schedule(name: str, periods: int | None, warmup_periods: int = 0) -> Sc
     if name not in ("constant", "cosine"):
         raise ValueError(f'schedule "{name}" not found; there are constant, cosine')
     if name == "constant":
-        return lambda period: min(1.0, (period + 1) / warmup_periods) if warmup_periods else 1.0
+        return partial(_constant, warmup_periods)
     if periods is None or not 0 <= warmup_periods < periods:
         raise ValueError(
             f"schedule cosine needs periods (epochs, or rounds) greater than warmup_periods; "
             f"got periods={periods}, warmup_periods={warmup_periods}"
         )
+    return partial(_cosine, periods, warmup_periods)
+
+
+# Functions at module level, bound by `partial`: a scheduler that holds them can be pickled, and puts nothing of them in a checkpoint.
+def _constant(warmup_periods: int, period: int) -> float:
+    return min(1.0, (period + 1) / warmup_periods) if warmup_periods else 1.0
+
+
+def _cosine(periods: int, warmup_periods: int, period: int) -> float:
     from lightly.utils.scheduler import cosine_warmup_schedule
 
-    def cosine(period: int) -> float:
-        # lightly reaches the end value in the last step; one step more, and the last period still trains.
-        return cosine_warmup_schedule(min(period, periods), periods + 1, 1.0, 0.001, warmup_periods, 0.0)
-
-    return cosine
+    # lightly reaches the end value in the last step; with one step more, the last period still trains.
+    return cosine_warmup_schedule(min(period, periods), periods + 1, 1.0, 0.001, warmup_periods, 0.0)
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:

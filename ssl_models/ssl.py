@@ -24,7 +24,7 @@ class SelfSupervised(Learner):
 
     def __init__(self, backbone: str, hidden_dim: int = 512, output_dim: int = 256, projector_layers: int = 3, **options: Any) -> None:
         super().__init__(backbone, **options)
-        self.projector = self.make_projector(int(self.backbone.feature_dim), hidden_dim, output_dim, projector_layers)
+        self.projector = self.make_projector(self.feature_dim, hidden_dim, output_dim, projector_layers)
 
     def make_projector(self, input_dim: int, hidden_dim: int, output_dim: int, layers: int) -> nn.Module:
         """The projector: ``(N, input_dim)`` to ``(N, output_dim)``."""

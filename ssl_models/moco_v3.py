@@ -1,0 +1,57 @@
+"""MoCo v3 (arXiv 2104.02057): find, from one view, the momentum copy's projection of the other among those of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightly.models.modules.heads import MoCoProjectionHead
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from featherlight.ssl_models.momentum import MomentumSSL
+
+
+class MoCoV3(MomentumSSL):
+    """MoCo v3: ``ℓ(q0, k1) + ℓ(q1, k0)`` with ℓ the InfoNCE loss of :func:`info_nce`.
+
+    Args:
+        backbone: name of the backbone, as :func:`featherlight.ssl_models.make_backbone` takes it.
+        temperature: divides the similarities (0.05 in LW-FedSSL, arXiv 2401.11647).
+        scale_by_2tau: multiply the loss by twice the temperature, as MoCo v3's own code does and LW-FedSSL does not.
+
+    Example:
+        >>> model = MoCoV3("vit", image_size=8, backbone_options={"depth": 2, "patch_size": 2}, momentum=0.99)
+        >>> model.view_loss(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, backbone: str, temperature: float = 0.05, scale_by_2tau: bool = False, **options: Any) -> None:
+        if temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        super().__init__(backbone, **options)
+        self.temperature = temperature
+        self.scale = 2.0 * temperature if scale_by_2tau else 1.0
+
+    def make_projector(self, input_dim: int, hidden_dim: int, output_dim: int, layers: int) -> nn.Module:
+        return MoCoProjectionHead(input_dim, hidden_dim, output_dim, num_layers=layers, batch_norm=True)
+
+    def make_predictor(self, hidden_dim: int, output_dim: int) -> nn.Module:
+        return MoCoProjectionHead(output_dim, hidden_dim, output_dim, num_layers=2, batch_norm=True)
+
+    def pair_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.scale * info_nce(prediction, target, self.temperature)
+
+
+def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """``−log softmax`` of the similarity of query i and key i among query i and all keys, averaged: a scalar.
+
+    Not lightly's ``NTXentLoss(queries, keys)``, which adds the terms of queries against queries, keys against keys and keys
+    against queries.
+
+    Args:
+        queries: ``(N, D)``.
+        keys: ``(N, D)``; the key of query i is row i, the others are its negatives.
+    """
+    similarity = normalize(queries, dim=1) @ normalize(keys, dim=1).T
+    return cross_entropy(similarity / temperature, torch.arange(len(queries), device=queries.device))

@@ -1,0 +1,229 @@
+"""How good features are: nearest neighbours, a linear classifier, fine-tuning.
+
+A probe is called with a module and data, and gives a score by name. It leaves the module's weights, its train and eval modes
+and the global random stream as it found them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+Loader = Iterable[Any]
+"""Batches ``(x, labels)``, or with more behind them: ``(N, C, H, W)`` and ``(N,)``."""
+
+
+class ProbeData(Protocol):
+    """What a probe asks of data: a training and a test part without augmentation."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def probe_data(self) -> tuple[Loader, Loader]: ...
+
+
+class Featurizer(Protocol):
+    """What a probe asks of a module: ``features(x)``, ``(N, C, H, W)`` to ``(N, D)``."""
+
+    def features(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class KNN:
+    """The share of test images whose class the weighted vote of their nearest training images names (arXiv 1805.01978).
+
+    Args:
+        k: neighbours that vote.
+        temperature: T of a vote's weight, exp(cos / T).
+        batch_size: test images compared at a time: ``batch_size × training images`` similarities are held.
+    """
+
+    k: int = 20
+    temperature: float = 0.1
+    batch_size: int = 512
+
+    def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
+        """``{"knn": accuracy}``.
+
+        Raises:
+            ValueError: fewer training images than neighbours.
+        """
+        from lightly.utils.benchmarking.knn import knn_predict
+
+        with _set_aside(module):
+            (bank, bank_labels), (queries, labels) = _both_parts(module, data, device)
+        if len(bank) < self.k:
+            raise ValueError(f"k={self.k} neighbours, but {len(bank)} training images: choose k up to {len(bank)}")
+        bank = normalize(bank, dim=1).T.contiguous()
+        predicted = [
+            knn_predict(chunk, bank, bank_labels, data.num_classes, self.k, self.temperature)[:, 0]
+            for chunk in normalize(queries, dim=1).split(self.batch_size)
+        ]
+        return {"knn": _accuracy(torch.cat(predicted), labels, data.num_classes)}
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """The test accuracy of a linear classifier on frozen features, each standardised by its training mean and deviation.
+
+    The problem is convex and solved on all training images at once by L-BFGS from zero, so nothing is drawn at random.
+
+    Args:
+        iterations: most steps of L-BFGS.
+        lr: first step length that its line search tries.
+        weight_decay: λ of the penalty λ/2 · ‖W‖².
+    """
+
+    iterations: int = 100
+    lr: float = 1.0
+    weight_decay: float = 1e-3
+
+    def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
+        """``{"linear": accuracy}``."""
+        with _set_aside(module):
+            (train, train_labels), (test, labels) = _both_parts(module, data, device)
+        # A feature that never changes carries nothing: its deviation counts as 1.
+        deviation, mean = torch.std_mean(train, dim=0, correction=0)
+        deviation = torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
+        weight, bias = self._fit(train, train_labels, data.num_classes)
+        return {"linear": _accuracy((test @ weight + bias).argmax(1), labels, data.num_classes)}
+
+    def _fit(self, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        weight = features.new_zeros(features.shape[1], num_classes).requires_grad_()
+        bias = features.new_zeros(num_classes).requires_grad_()
+        solver = torch.optim.LBFGS([weight, bias], lr=self.lr, max_iter=self.iterations, history_size=10, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            loss = cross_entropy(features @ weight + bias, labels) + self.weight_decay / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            solver.step(closure)
+        return weight.detach(), bias.detach()
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The test accuracy after training a copy of the backbone and a new linear layer end to end (AdamW, warm-up, cosine).
+
+    LW-FedSSL (arXiv 2401.11647) fine-tunes for 40 epochs, 10 of them warm-up, with AdamW at 1e-3. The training images are
+    held in memory.
+
+    Args:
+        epochs: passes over the training images.
+        warmup_epochs: of these, the first ones with a rising learning rate.
+        lr: highest learning rate.
+        weight_decay: AdamW's.
+        batch_size: images per step.
+        seed: of the order of images, the new layer and dropout.
+    """
+
+    epochs: int = 40
+    warmup_epochs: int = 10
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    batch_size: int = 128
+    seed: int = 0
+
+    def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
+        """``{"finetune": accuracy}``.
+
+        Raises:
+            ValueError: more epochs of warm-up than epochs.
+        """
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs {self.epochs}")
+        device = _device_of(module, device)
+        with _set_aside(module):
+            train, test = data.probe_data()
+            images, labels = (torch.cat(part) for part in zip(*((batch[0], batch[1]) for batch in train)))
+            torch.manual_seed(self.seed)  # a fork of the global stream, which dropout draws from
+            backbone = copy.deepcopy(cast(nn.Module, module.backbone)).requires_grad_(True).to(device)
+            with torch.no_grad():
+                width = backbone.eval()(images[:1].to(device)).shape[1]
+            network = nn.Sequential(backbone, nn.Linear(width, data.num_classes, device=device))
+            with torch.enable_grad():
+                self._train(network, images, labels, device)
+            network.eval()
+            with torch.no_grad():
+                scored = [(network(batch[0].to(device)).argmax(1), batch[1].to(device)) for batch in test]
+        predicted, truth = (torch.cat(part) for part in zip(*scored))
+        return {"finetune": _accuracy(predicted, truth, data.num_classes)}
+
+    def _train(self, network: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+        order = torch.Generator().manual_seed(self.seed)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        # A last batch of one image would have no batch statistics: it is left out of that epoch.
+        batches = [range(start, min(start + self.batch_size, len(images))) for start in range(0, len(images), self.batch_size)]
+        batches = [batch for batch in batches if len(batch) > 1 or len(images) == 1]
+        steps = self.epochs * len(batches)
+        warmup = self.warmup_epochs * len(batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, warmup, steps))
+        network.train()
+        for _ in range(self.epochs):
+            shuffled = torch.randperm(len(images), generator=order)
+            for batch in batches:
+                chosen = shuffled[batch.start : batch.stop]
+                optimizer.zero_grad()
+                cross_entropy(network(images[chosen].to(device)), labels[chosen].to(device)).backward()
+                optimizer.step()
+                schedule.step()
+
+
+def _warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@contextmanager
+def _set_aside(module: nn.Module) -> Iterator[None]:
+    """Work in eval mode and on a fork of the global random stream (a loader draws from it), then put both back."""
+    modes = {part: part.training for part in module.modules()}
+    gpus = sorted({parameter.device.index for parameter in module.parameters() if parameter.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+
+@torch.no_grad()
+def _features(module: nn.Module, loader: Loader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features ``(N, D)`` in float32 and labels ``(N,)`` of everything that ``loader`` gives."""
+    features, labels = [], []
+    for batch in loader:
+        features.append(cast(Featurizer, module).features(batch[0].to(device)).float())
+        labels.append(batch[1].to(device))
+    return torch.cat(features), torch.cat(labels)
+
+
+def _both_parts(
+    module: nn.Module, data: ProbeData, device: torch.device | str | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    device = _device_of(module, device)
+    train, test = data.probe_data()
+    return _features(module, train, device), _features(module, test, device)
+
+
+def _device_of(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
+def _accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return float(multiclass_accuracy(predicted, labels, num_classes, average="micro"))
