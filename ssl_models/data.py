@@ -1,0 +1,311 @@
+"""Images for a Trainer and for a federation from one object, with the same batches bit for bit.
+
+:class:`ImageData` loads a data set, divides it over clients, makes one or two views of each batch, and gives un-augmented images to
+kNN and linear probes. Batches are drawn as :mod:`~featherlight.ssl_models.batches` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from featherlight.plugins.base import Visit
+from featherlight.plugins.seeds import generator
+from featherlight.ssl_models.augment import Augmentation, Views
+from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
+from featherlight.ssl_models.partitions import IID, Natural, Partition
+from featherlight.ssl_models.sources import LOADERS, Loaded, Source, in_memory, moments
+
+EVALUATION_BATCH = 512
+
+
+class ImageData(LightningDataModule):
+    """A data set of images, whole (under a Trainer) and divided over clients (in a federation).
+
+    Training batches are ``((x0, x1), labels)`` with two views, ``(x, labels)`` with one; evaluation batches are ``(x, labels)``. Images are
+    float (N, C, H, W), normalised by mean and standard deviation of the training images; labels are int64 (N,).
+
+    Args:
+        dataset: ``digits`` (scikit-learn's, no download), ``cifar10``, ``cifar100``, or ``folder``: any folder of images, laid out as
+            root/train/CLASS/* and root/test/CLASS/*, or root/CLASS/*; for the natural partition root/train/CLIENT/CLASS/* or
+            root/train/CLIENT/*.
+        root: folder of the data; not needed for digits.
+        download: fetch cifar10 and cifar100 into root where they are not there.
+        image_size: resize images to this many pixels each way; None keeps them as they are.
+        views: 2 for contrastive training, 1 for supervised training.
+        augment: ``batched``: whole batches on the device, fast; ``lightly``: lightly's transforms image by image in the loader, the
+            reference; ``none``: images as they are.
+        augmentation: what a view may look like; None takes what suits images of this size.
+        second_view: what the second view may look like; None: the same as the first.
+        batch_size: images of one step, over all processes.
+        num_clients: clients of the federation; the natural partition counts its folders instead.
+        partition: how training images are divided over clients: IID, Dirichlet, Shards or Natural; None: IID.
+        client_val_fraction: part of each client's images that is kept from training, for evaluation at the client.
+        val_fraction: part of the training images that is kept from training, for validation.
+        test_fraction: part of all images used for testing, where the data set has no test part of its own; always the same images.
+        limit_train: train on this many images only; smaller limits are subsets of larger ones of the same seed.
+        seed: what partition, limit and validation part are drawn from, and the Trainer's batches.
+        num_workers: processes that prepare batches.
+        skip_unreadable: leave out images that cannot be read, and say how many, instead of stopping.
+        drop_last: leave out a client's last batch where it is not full and not the only one; None: with two views.
+        in_memory_bytes: data sets up to this size are decoded once and kept in memory; larger ones are decoded batch by batch.
+
+    Raises:
+        ValueError: for unknown names and numbers out of range; later, when data are read, for a folder or image that cannot be read
+            and for clients with too few images.
+    """
+
+    def __init__(
+        self,
+        dataset: Literal["digits", "cifar10", "cifar100", "folder"] = "digits",
+        root: str = "data",
+        download: bool = False,
+        image_size: int | None = None,
+        views: Literal[1, 2] = 2,
+        augment: Literal["batched", "lightly", "none"] = "batched",
+        augmentation: Augmentation | None = None,
+        second_view: Augmentation | None = None,
+        batch_size: int = 256,
+        num_clients: int = 1,
+        partition: Partition | None = None,
+        client_val_fraction: float = 0.0,
+        val_fraction: float = 0.0,
+        test_fraction: float = 0.2,
+        limit_train: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        skip_unreadable: bool = False,
+        drop_last: bool | None = None,
+        in_memory_bytes: int = 2 * 1024**3,
+    ) -> None:
+        super().__init__()
+        _one_of("dataset", dataset, tuple(LOADERS))
+        _one_of("views", views, (1, 2))
+        _one_of("augment", augment, ("batched", "lightly", "none"))
+        for name, fraction in (("client_val_fraction", client_val_fraction), ("val_fraction", val_fraction)):
+            if not 0 <= fraction < 1:
+                raise ValueError(f"{name}={fraction}; it must be at least 0 and below 1")
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction={test_fraction}; it must be above 0 and below 1")
+        for name, number in (("batch_size", batch_size), ("num_clients", num_clients), ("limit_train", limit_train)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number}; it must be at least 1")
+        if views == 2 and batch_size < 2:
+            raise ValueError(f"batch_size={batch_size}; two views are compared within a batch, which needs at least 2 images")
+        self.dataset, self.root, self.download, self.image_size = dataset, root, download, image_size
+        self.views, self.augment, self.augmentation, self.second_view = views, augment, augmentation, second_view
+        self.batch_size, self.partition = batch_size, partition or IID()
+        self.client_val_fraction, self.val_fraction, self.test_fraction = client_val_fraction, val_fraction, test_fraction
+        self.limit_train, self.seed, self.num_workers = limit_train, seed, num_workers
+        self.skip_unreadable, self.in_memory_bytes = skip_unreadable, in_memory_bytes
+        self.plan = Plan(batch_size, views == 2 if drop_last is None else drop_last, at_least=views)
+        self._num_clients = num_clients
+
+    # -- what the data are ----------------------------------------------------------------------------------------
+    @property
+    def num_classes(self) -> int:
+        return len(self._loaded.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        _, channels, height, width = self._train.images.take(torch.tensor([0])).shape
+        return channels, height, width
+
+    @property
+    def num_clients(self) -> int:
+        return len(self._clients)
+
+    def client_sizes(self) -> list[int]:
+        """Images of each client's training part."""
+        return [len(part) for part in self._clients]
+
+    def client_label_counts(self) -> Tensor:
+        """Images of each client's training part by label, int64 (num_clients, num_classes)."""
+        owner = torch.arange(self.num_clients).repeat_interleave(torch.tensor(self.client_sizes()))
+        labels = self._train.labels[torch.cat(self._clients)]
+        known = labels >= 0
+        cells = owner[known] * self.num_classes + labels[known]
+        return cells.bincount(minlength=self.num_clients * self.num_classes).view(self.num_clients, self.num_classes)
+
+    # -- for a federation -----------------------------------------------------------------------------------------
+    def steps_per_visit(self, client: int, epochs: int) -> int:
+        """Batches that one visit to ``client`` takes."""
+        return epochs * self.plan.steps(len(self._clients[client]))
+
+    def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
+        """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
+
+        Give every batch to :meth:`on_after_batch_transfer` on its device. A new call ends an earlier stream.
+        """
+        sampler: Any = self._client_loader.sampler
+        sampler.visits, sampler.epochs = visits, epochs
+        turns = (turn for turn, visit in enumerate(visits) for _ in range(self.steps_per_visit(visit.client, epochs)))
+        yield from zip(turns, self._client_loader, strict=True)
+
+    def client_val_batches(self, client: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The client's images kept from training, normalised, with labels; none where client_val_fraction is 0."""
+        return iter(self._evaluation(self._train, self._client_val[client]))
+
+    # -- for a Trainer --------------------------------------------------------------------------------------------
+    def prepare_data(self) -> None:
+        if self.download:
+            LOADERS[self.dataset](self.root, True)
+
+    def setup(self, stage: str | None = None) -> None:
+        self._train  # noqa: B018
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        everything = [torch.arange(len(self._train.labels))]
+        _check_sizes(everything, self.plan)
+        trainer = self.trainer
+        rank, processes = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        return self._batches(VisitSampler(everything, self.plan, self.seed, rank, processes))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._evaluation(self._val) if len(self._val.labels) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self._test)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Views, normalised, of a training batch that has reached its device; other batches are left as they are."""
+        if not isinstance(batch, Batch):
+            return batch
+        mean, std = (value.to(batch.labels.device) for value in self._moments)
+        made = batch.views
+        if self.augment == "batched":
+            made = self._make_views.batched(made[0], batch.places, batch.total, batch.seed)
+        x = [((view.float() / 255 if view.dtype == torch.uint8 else view) - mean) / std for view in made]
+        return ((x[0], x[-1]) if self.views == 2 else x[0]), batch.labels
+
+    # -- for probes -----------------------------------------------------------------------------------------------
+    def probe_data(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Loaders of un-augmented, normalised training and test images with labels."""
+        if (self._train.labels < 0).any():
+            raise ValueError("probes need labels, and some training images have none; lay them out as root/train/CLASS/*")
+        return self._evaluation(self._train), self._evaluation(self._test)
+
+    # -- how it is made -------------------------------------------------------------------------------------------
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return LOADERS[self.dataset](self.root, False)
+
+    @cached_property
+    def _parts(self) -> tuple[Source, Source, Source]:
+        """Training, validation and test images, read."""
+        source, test = self._loaded.train, self._loaded.test
+        places = torch.arange(len(source.labels))
+        if test is None:
+            held, places = _stratified(source.labels, self.test_fraction)
+            test = source.at(held)
+        places = places[torch.randperm(len(places), generator=generator(self.seed, "train"))]
+        held = round(self.val_fraction * len(places))
+        val, train = places[:held].sort().values, places[held:][: self.limit_train].sort().values
+        read = [
+            in_memory(part, self.image_size, self.in_memory_bytes, self.skip_unreadable)
+            for part in (source.at(train), source.at(val), test)
+        ]
+        return read[0], read[1], read[2]
+
+    @property
+    def _train(self) -> Source:
+        return self._parts[0]
+
+    @property
+    def _val(self) -> Source:
+        return self._parts[1]
+
+    @property
+    def _test(self) -> Source:
+        return self._parts[2]
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return moments(self._train.images)
+
+    @cached_property
+    def _make_views(self) -> Views:
+        return Views(self.image_shape, self.views, self._loaded.mirrored, self.augmentation, self.second_view)
+
+    @cached_property
+    def _divided(self) -> tuple[list[Tensor], list[Tensor]]:
+        """For each client the images it trains on, and those it keeps for evaluation."""
+        labels, owners = self._train.labels, self._train.owners
+        count = self._num_clients
+        if isinstance(self.partition, Natural) and owners is not None and count == 1:
+            count = len(set(owners))
+        if count == 1:
+            parts = [torch.arange(len(labels))]
+        else:
+            parts = self.partition(labels, count, self.seed, owners)
+        train, val = [], []
+        for client, part in enumerate(parts):
+            held = round(self.client_val_fraction * len(part))
+            if held:
+                order = torch.randperm(len(part), generator=generator(self.seed, "client_val", client))
+                val.append(part[order[:held]].sort().values)
+                part = part[order[held:]].sort().values
+            else:
+                val.append(part[:0])
+            train.append(part)
+        _check_sizes(train, self.plan)
+        return train, val
+
+    @property
+    def _clients(self) -> list[Tensor]:
+        return self._divided[0]
+
+    @property
+    def _client_val(self) -> list[Tensor]:
+        return self._divided[1]
+
+    @cached_property
+    def _client_loader(self) -> BatchLoader:
+        return self._batches(VisitSampler(self._clients, self.plan, self.seed))
+
+    def _batches(self, sampler: VisitSampler) -> BatchLoader:
+        transform = self._make_views.in_loader if self.augment == "lightly" else None
+        return BatchLoader(
+            BatchDataset(self._train.images, self._train.labels, transform),
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _evaluation(self, source: Source, indices: Tensor | None = None) -> DataLoader[Any]:
+        dataset = EvaluationDataset(source.images, source.labels, *self._moments, indices)
+        return DataLoader(dataset, batch_size=EVALUATION_BATCH, collate_fn=as_is)
+
+
+def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Places of a part with this fraction of every label, always the same, and of the rest; both in rising order."""
+    order = torch.randperm(len(labels), generator=generator("test part"))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        held[mine[: round(fraction * len(mine))]] = True
+    return held.nonzero().flatten(), (~held).nonzero().flatten()
+
+
+def _check_sizes(clients: Sequence[Tensor], plan: Plan) -> None:
+    for client, part in enumerate(clients):
+        if plan.steps(len(part)) == 0:
+            raise ValueError(
+                f"client {client} has {len(part)} training images; with batch_size={plan.batch_size} it needs at least "
+                f"{plan.at_least}: use fewer clients, a more even partition or more images"
+            )
+
+
+def _one_of(name: str, given: object, allowed: Sequence[object]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name}={given!r} is unknown; choose from {', '.join(map(str, allowed))}")
