@@ -76,4 +76,5 @@ class Learner(LightningModule):
 
     def _log(self, part: str, scores: Mapping[str, Tensor], samples: int) -> None:
         for name, score in scores.items():
-            self.log(f"{part}/{name}", score.detach(), prog_bar=name == "loss", batch_size=samples)
+            # Evaluation is averaged over DDP's processes; a training loss is one process's own, so that no step waits for it.
+            self.log(f"{part}/{name}", score.detach(), prog_bar=name == "loss", batch_size=samples, sync_dist=part != "train")

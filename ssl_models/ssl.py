@@ -19,10 +19,12 @@ class SelfSupervised(Learner):
     Args:
         hidden_dim: width of the hidden layers of projector and predictor (512 in LW-FedSSL, arXiv 2401.11647).
         output_dim: width of their output (256 there).
-        projector_layers: linear layers of the projector (3 there).
+        projector_layers: linear layers of the projector (3 there), at least 2.
     """
 
     def __init__(self, backbone: str, hidden_dim: int = 512, output_dim: int = 256, projector_layers: int = 3, **options: Any) -> None:
+        if projector_layers < 2:
+            raise ValueError(f"projector_layers must be at least 2, got {projector_layers}")
         super().__init__(backbone, **options)
         self.projector = self.make_projector(self.feature_dim, hidden_dim, output_dim, projector_layers)
 

@@ -1,0 +1,156 @@
+"""Probes: right on clusters, at chance on noise, as scikit-learn has it, and without a trace."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler, normalize
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from featherlight.ssl_models import KNN, FineTune, LinearProbe, make_backbone
+
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Blobs:
+    """Images 1×4×4 around one centre per class, ``spread`` apart from it; with ``spread=None`` labels mean nothing."""
+
+    num_classes = CLASSES
+
+    def __init__(self, spread: float | None, train: int = 240, test: int = 300) -> None:
+        draw = torch.Generator().manual_seed(7)
+        centres = torch.randn(CLASSES, 16, generator=draw)
+        self.parts = []
+        for count in (train, test):
+            labels = torch.arange(count) % CLASSES
+            images = torch.randn(count, 16, generator=draw)
+            if spread is not None:
+                images = centres[labels] + spread * images
+            self.parts.append((images.view(-1, 1, 4, 4), labels))
+
+    def probe_data(self) -> tuple[DataLoader, DataLoader]:
+        train, test = (TensorDataset(*part) for part in self.parts)
+        return DataLoader(train, 50, shuffle=True), DataLoader(test, 64)
+
+
+class Model(nn.Module):
+    """Features are the 16 pixels and a constant, behind layers that have modes, a bias and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 17), nn.Dropout(0.2), nn.BatchNorm1d(17, affine=False))
+        nn.init.eye_(self.backbone[1].weight)
+        nn.init.ones_(self.backbone[1].bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+PROBES = [KNN(), LinearProbe(), FineTune(epochs=4, warmup_epochs=1, lr=0.02, batch_size=32)]
+NAMES = ["knn", "linear", "finetune"]
+
+
+@pytest.mark.parametrize(("probe", "name"), list(zip(PROBES, NAMES)), ids=NAMES)
+def test_separable_clusters_are_found_and_noise_is_not(probe: KNN, name: str) -> None:
+    assert probe(Model(), Blobs(spread=0.2)) == {name: 1.0}
+    chance = 1 / CLASSES
+    deviation = math.sqrt(chance * (1 - chance) / 300)
+    assert abs(probe(Model(), Blobs(spread=None))[name] - chance) < 4 * deviation
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=NAMES)
+def test_a_probe_leaves_no_trace_and_repeats_itself(probe: KNN) -> None:
+    model = Model().train()
+    model.backbone[3].eval()  # a frozen norm inside a training model
+    model.backbone[1].requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    stream = torch.get_rng_state()
+    first = probe(model, Blobs(spread=1.5))
+    torch.randn(3)  # what the global stream does in between changes nothing
+    torch.set_rng_state(stream)
+    assert probe(model, Blobs(spread=1.5)) == first
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert [part.training for part in model.modules()] == modes
+    assert not model.backbone[1].weight.requires_grad
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def numpy_parts(model: Model, data: Blobs) -> list[tuple[np.ndarray, np.ndarray]]:
+    with torch.no_grad():
+        return [(model.eval().features(images).double().numpy(), labels.numpy()) for images, labels in data.parts]
+
+
+def test_knn_is_the_weighted_vote_of_scikit_learn() -> None:
+    data, model = Blobs(spread=2.0), Model()
+    (train, train_labels), (test, labels) = numpy_parts(model, data)
+    votes = KNeighborsClassifier(15, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.2))
+    votes.fit(normalize(train), train_labels)
+    expected = votes.score(normalize(test), labels)
+    assert 0.5 < expected < 0.95
+    assert KNN(k=15, temperature=0.2, batch_size=70)(model, data)["knn"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_linear_probe_is_the_logistic_regression_of_scikit_learn() -> None:
+    data, model = Blobs(spread=2.0), Model()
+    (train, train_labels), (test, labels) = numpy_parts(model, data)
+    scaler = StandardScaler().fit(train)
+    decay = 0.05
+    reference = LogisticRegression(C=1 / (decay * len(train)), max_iter=1000).fit(scaler.transform(train), train_labels)
+    expected = reference.score(scaler.transform(test), labels)
+    assert 0.5 < expected < 0.95
+    assert LinearProbe(weight_decay=decay)(model, data)["linear"] == pytest.approx(expected, abs=1.5 / 300)
+
+
+def test_linear_probe_takes_features_that_never_change() -> None:
+    class Constant(Model):
+        def features(self, x: Tensor) -> Tensor:
+            return torch.cat([super().features(x), torch.full((len(x), 1), 1e3)], 1)
+
+    assert LinearProbe()(Constant(), Blobs(spread=0.2)) == {"linear": 1.0}
+
+
+def test_fine_tuning_trains_what_a_frozen_backbone_cannot_tell() -> None:
+    model = Model()
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).requires_grad_(False)
+    nn.init.zeros_(model.backbone[1].weight)  # the same features for every image
+    data = Blobs(spread=0.5)
+    assert LinearProbe()(model, data)["linear"] == pytest.approx(1 / CLASSES)
+    assert FineTune(epochs=20, warmup_epochs=2, lr=0.05, batch_size=32)(model, data)["finetune"] > 0.95
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fine_tuning_trains_the_blocks_that_a_plugin_froze() -> None:
+    from featherlight.plugins import Clock, LayerFreezing
+
+    model = Model()
+    model.backbone = make_backbone("vit", image_size=4, in_channels=1, depth=2, width=16, heads=2, patch_size=2)
+    plugin = LayerFreezing(blocks="backbone.blocks.*", periods_per_stage=1)
+    plugin.attach(model)
+    plugin.advance(Clock(1))
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    assert False in trains
+    tuned = FineTune(epochs=6, warmup_epochs=1, lr=5e-3, batch_size=32)(model, Blobs(spread=0.2))["finetune"]
+    assert tuned > 0.9
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+
+
+def test_a_last_batch_of_one_image_is_left_out_of_fine_tuning() -> None:
+    FineTune(epochs=1, warmup_epochs=0, batch_size=32)(Model(), Blobs(spread=0.5, train=65))  # batch norm would refuse it
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="k=20 neighbours, but 12 training images"):
+        KNN()(Model(), Blobs(spread=1.0, train=12))
+    with pytest.raises(ValueError, match="warmup_epochs 5 must lie between 0 and epochs 4"):
+        FineTune(epochs=4, warmup_epochs=5)(Model(), Blobs(spread=1.0))
