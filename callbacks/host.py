@@ -1,0 +1,212 @@
+"""Plugins under a Lightning Trainer: one host for all of them, which names none.
+
+Every method's callback is a :class:`PluginCallback` around one plugin. The first of them in ``trainer.callbacks`` leads: it gathers the
+plugins of all into one chain, in list order, and drives it through training. The others stay passive.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from featherlight.callbacks import parallel, saved
+from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
+from featherlight.plugins.base import overrides
+
+
+class PluginCallback(pl.Callback):
+    """Train with one plugin; several of these compose in list order.
+
+    A period is an epoch, a step is a batch (a micro-batch under gradient accumulation), and the epoch is one visit of client 0.
+    The plugin is attached after ``configure_model`` and before ``configure_optimizers``, so that optimizers see every parameter, and
+    detached when training ends, by success or by exception.
+
+    Args:
+        plugin: the method.
+        seed: of all the method's draws; by default the one of ``seed_everything``, or 0.
+
+    Raises:
+        MisconfigurationException: (on fit) a strategy other than one device or DDP, a plugin that adds to the loss under manual
+            optimization, two callbacks with different seeds.
+        ValueError: (on fit) a parameter that should train is in no optimizer; a checkpoint of a run with other arguments.
+    """
+
+    def __init__(self, plugin: Plugin, seed: int | None = None) -> None:
+        self.plugin = plugin
+        self.seed = seed
+        self._chain: Chain | None = None  # the leader's, while attached
+        self._begun: int | None = None  # the epoch that the model has been brought to
+        self._clock: Clock | None = None  # of the step under way
+        self._undo: list[Callable[[], None]] = []
+        self._brought = saved.Brought()
+
+    # -- from an ordinary module to an attached one, and back -----------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if leader(trainer) is not self:
+            return
+        if stage == "fit":
+            parallel.refuse_untested(trainer.strategy)
+        chain = Chain(callback.plugin for callback in _members(trainer))
+        common_seed(trainer)
+
+        def attach() -> None:
+            chain.attach(pl_module)
+            self._chain = chain
+            self._undo.append(self._brought.follow(pl_module, before))
+            if stage == "fit" and any(overrides(plugin, "extra_loss") for plugin in chain.plugins):
+                self._undo.append(_add_to_loss(pl_module, chain))
+
+        before = set(pl_module.state_dict())
+        _after_configure_model(pl_module, attach)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._detach(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach(pl_module)
+
+    def _detach(self, pl_module: pl.LightningModule) -> None:
+        if self._chain is None:
+            return
+        self._end_step()
+        for undo in reversed(self._undo):
+            undo()
+        parallel.forget(pl_module)
+        self._chain.detach()
+        self._chain, self._begun, self._undo = None, None, []
+
+    # -- periods --------------------------------------------------------------------------------------------------
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module, 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # a run resumed within an epoch gets no on_train_epoch_start; batches done there keep a stage from beginning twice
+        done = trainer.fit_loop.epoch_loop.batch_progress.current
+        self._begin(trainer, pl_module, done.processed)  # type: ignore[attr-defined]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module, 0)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        period = trainer.current_epoch
+        if self._chain is None or self._begun == period:
+            return
+        change = self._chain.advance(Clock(period, step))
+        optimizer_state.release(trainer.optimizers, change)
+        optimizer_state.check_covered(pl_module, trainer.optimizers)
+        self._chain.visit(Visit(period, 0, common_seed(trainer)))
+        parallel.rewrap(trainer.strategy, pl_module)
+        self._begun = period
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._chain is None:
+            return
+        self._clock = Clock(trainer.current_epoch, batch_idx)
+        self._chain.before_forward(self._clock)
+        parallel.check_all_used(trainer.strategy, pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if self._chain is not None and self._clock is not None:  # after accumulation and unscaling, before clipping
+            self._chain.after_backward(self._clock)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._end_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_step()  # a module that skips the rest of an epoch gets no on_train_batch_end
+
+    def _end_step(self) -> None:
+        if self._chain is not None and self._clock is not None:
+            self._chain.after_step(self._clock)
+        self._clock = None
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if leader(trainer) is self:
+            checkpoint[saved.KEY] = {
+                "plugins": saved.describe(_members(trainer)),
+                "seed": common_seed(trainer),
+                "epoch": trainer.current_epoch if self._begun is None else self._begun,
+                "brought": self._brought.take(checkpoint["state_dict"]),
+            }
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._chain is None:
+            return
+        entry = saved.check_same(checkpoint.get(saved.KEY), _members(trainer), common_seed(trainer))
+        self._brought.put_back(pl_module, entry["brought"])
+        if trainer.state.fn != "fit":  # a checkpoint is evaluated as far as it has grown
+            self._chain.advance(Clock(entry["epoch"], 1))
+
+
+def leader(trainer: pl.Trainer) -> PluginCallback | None:
+    """The callback that drives the plugins of all, or None where there is no plugin."""
+    return next(iter(_members(trainer)), None)
+
+
+def stage_of(trainer: pl.Trainer) -> int:
+    """The stage, counted from 0, that the current epoch belongs to."""
+    leading = leader(trainer)
+    return 0 if leading is None or leading._chain is None else leading._chain.stage(trainer.current_epoch)
+
+
+def common_seed(trainer: pl.Trainer) -> int:
+    """The seed of all plugins' draws: what a callback says, else what ``seed_everything`` set, else 0."""
+    given = {callback.seed for callback in _members(trainer)} - {None}
+    if len(given) > 1:
+        raise MisconfigurationException(
+            f"the callbacks have the seeds {sorted(map(str, given))}, but one run has one: give it to one of them"
+        )
+    return next((seed for seed in given if seed is not None), int(os.environ.get("PL_GLOBAL_SEED", 0)))
+
+
+def _members(trainer: pl.Trainer) -> list[PluginCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, PluginCallback)]  # type: ignore[attr-defined]
+
+
+def _after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None]) -> None:
+    """Call ``act`` when ``configure_model`` has run: all layers are there then, and neither weights nor optimizers have been loaded."""
+    configure = pl_module.configure_model
+
+    def configure_model() -> None:
+        del pl_module.configure_model
+        configure()
+        act()
+
+    pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+
+def _add_to_loss(pl_module: pl.LightningModule, chain: Chain) -> Callable[[], None]:
+    """Make ``training_step`` return the module's loss plus the plugins', inside what DDP and autocast wrap; returns the way back."""
+    if not pl_module.automatic_optimization:
+        names = ", ".join(type(plugin).__name__ for plugin in chain.plugins if overrides(plugin, "extra_loss"))
+        raise MisconfigurationException(f"{names} adds to the loss, which needs automatic optimization; this module optimizes manually")
+    own, replaced = pl_module.training_step, pl_module.__dict__.get("training_step")
+
+    @functools.wraps(own)
+    def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        out: Any = own(batch, *args, **kwargs)
+        extra = None if out is None else chain.extra_loss(pl_module, batch)
+        if extra is None:
+            return out
+        return {**out, "loss": out["loss"] + extra} if isinstance(out, Mapping) else out + extra
+
+    def undo() -> None:
+        del pl_module.training_step
+        if replaced is not None:  # a compiled module's
+            pl_module.training_step = replaced  # type: ignore[method-assign]
+
+    pl_module.training_step = training_step  # type: ignore[method-assign]
+    return undo
+
+
+__all__ = ["PluginCallback", "common_seed", "leader", "stage_of"]

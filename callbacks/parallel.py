@@ -1,0 +1,66 @@
+"""Which strategies plugins run under, and what DDP must be told when a plugin freezes, thaws or leaves out."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from featherlight.plugins.bypass import Bypass, is_absent
+from featherlight.plugins.present import held
+
+_IGNORE = "_ddp_params_and_buffers_to_ignore"  # torch's own name; DDP reads it from the module that it wraps
+
+
+def refuse_untested(strategy: Strategy) -> None:
+    """Raise where weights are sharded or the strategy is unknown.
+
+    Raises:
+        MisconfigurationException: names the strategy and those allowed.
+    """
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if not known:
+        raise MisconfigurationException(
+            f"featherlight's plugins do not run under {type(strategy).__name__}, which shards or moves what they freeze and leave out; "
+            "use one device or strategy='ddp'"
+        )
+
+
+def rewrap(strategy: Strategy, module: pl.LightningModule) -> None:
+    """Wrap ``module`` anew where what trains is not what DDP was made for: else a thaw diverges silently and a freeze crashes."""
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    present = held(module)
+    resting = {name for name, value in module.named_parameters() if name not in present or not value.requires_grad}
+    resting |= {name for name, _ in module.named_buffers() if name not in present and name in module.state_dict()}
+    if resting == getattr(module, _IGNORE, None):
+        return
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, resting)
+    strategy.model = module
+    strategy.configure_ddp()
+
+
+def forget(module: nn.Module) -> None:
+    """Take away what :func:`rewrap` left on ``module``."""
+    module.__dict__.pop(_IGNORE, None)
+
+
+def check_all_used(strategy: Strategy, module: nn.Module) -> None:
+    """Raise where a step leaves out parameters from which DDP waits for gradients; it would hang or fail in a later step.
+
+    Raises:
+        MisconfigurationException: names the block and the two ways out.
+    """
+    wrapped = strategy.model
+    if not isinstance(wrapped, DistributedDataParallel) or wrapped.find_unused_parameters:
+        return
+    for path, block in module.named_modules():
+        if not isinstance(block, Bypass) or not block._bypassed_by or is_absent(block):  # type: ignore[arg-type]
+            continue
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            raise MisconfigurationException(
+                f'this step leaves out block "{path}", which trains, and DDP waits for its gradients: draw once an epoch '
+                "(every='round'), or use strategy='ddp_find_unused_parameters_true'"
+            )

@@ -1,0 +1,82 @@
+"""What plugins add to a checkpoint: who they are, and the weights that they brought along.
+
+The checkpoint's ``state_dict`` keeps exactly the module's own keys, so that ``load_from_checkpoint`` works without plugins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEY = "featherlight"
+
+
+class Brought:
+    """The entries of ``state_dict`` that are there only while plugins are attached (width adapters)."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._kept: dict[str, Tensor] = {}
+
+    def follow(self, module: nn.Module, own: set[str]) -> Callable[[], None]:
+        """Look after all entries of ``module`` but its ``own``; returns what to call before they go."""
+        self._names = set(module.state_dict()) - own
+        self.put_back(module, self._kept)
+
+        def fill_in(loading: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+            current = loading.state_dict()
+            for name in self._names:
+                state.setdefault(prefix + name, current[name])
+
+        handle = module.register_load_state_dict_pre_hook(fill_in)
+
+        def undo() -> None:
+            handle.remove()
+            self._kept = {name: value.detach().clone() for name, value in module.state_dict().items() if name in self._names}
+
+        return undo
+
+    def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move the entries out of ``state``; once detached, what they were when that happened."""
+        return {name: state.pop(name) if name in state else self._kept[name] for name in sorted(self._names)}
+
+    def put_back(self, module: nn.Module, entries: dict[str, Tensor]) -> None:
+        """Copy ``entries`` into ``module``."""
+        current = module.state_dict()
+        with torch.no_grad():
+            for name in self._names & entries.keys():
+                current[name].copy_(entries[name])
+
+
+def describe(callbacks: Iterable[Any]) -> list[dict[str, Any]]:
+    """Every plugin's arguments as plain data, in order."""
+    described = [{"plugin": type(callback.plugin).__name__, **callback.plugin.describe()} for callback in callbacks]
+    return json.loads(json.dumps(described, default=repr))  # tuples become lists, as a YAML file has them
+
+
+def check_same(entry: dict[str, Any] | None, callbacks: Iterable[Any], seed: int) -> dict[str, Any]:
+    """Give ``entry`` back where it comes from a run with the same plugins and arguments.
+
+    Raises:
+        ValueError: says which argument differs, and how.
+    """
+    now = describe(callbacks)
+    then = entry["plugins"] if entry else []
+    names_then, names_now = ([plugin["plugin"] for plugin in run] for run in (then, now))
+    if entry is None or names_then != names_now:
+        raise ValueError(
+            f"the checkpoint was made with {', '.join(names_then) or 'no plugins'}, this run has {', '.join(names_now)}: "
+            "give the same callbacks in the same order"
+        )
+    for old, new in zip([*then, {"plugin": "the run", "seed": entry["seed"]}], [*now, {"plugin": "the run", "seed": seed}]):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise ValueError(
+                    f"the checkpoint was made with {name}={old.get(name)!r} of {new['plugin']}, this run has {new.get(name)!r}: "
+                    "resume with the same arguments, or start anew"
+                )
+    return entry
