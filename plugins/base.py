@@ -54,7 +54,7 @@ class Plugin:
     A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
     :meth:`visit`, and in every step :meth:`before_forward`, :meth:`extra_loss`, :meth:`after_backward` and
     :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it. A federated host also calls
-    :meth:`narrow`, the wire's :meth:`encode` and :meth:`decode`, and the server's :meth:`lift` and :meth:`settle`.
+    :meth:`encode` and :meth:`decode` for what travels, and :meth:`lift` and :meth:`settle` on the server.
     """
 
     # -- on the model being trained -------------------------------------------------------------------------------
@@ -88,11 +88,7 @@ class Plugin:
     def detach(self) -> None:
         """Leave an ordinary ``nn.Module``."""
 
-    # -- federated: structure and wire ----------------------------------------------------------------------------
-    def narrow(self, server: nn.Module, visit: Visit) -> nn.Module | None:
-        """A really smaller module for this client, or None where the client trains the model as it is."""
-        return None
-
+    # -- federated: the wire -------------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
         """Sender's side, both directions: select, project or quantise entries."""
         return message

@@ -13,8 +13,8 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, ove
 class Chain(Plugin):
     """Plugins in the order given; the first to encode is the last to decode.
 
-    Args:
-        plugins: at most one of them may narrow the model.
+    Raises:
+        TypeError: something among them is not a Plugin.
     """
 
     def __init__(self, plugins: Iterable[Plugin] = ()) -> None:
@@ -22,6 +22,11 @@ class Chain(Plugin):
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):
                 raise TypeError(f"{plugin!r} is not a featherlight Plugin; a method is a subclass of featherlight.plugins.Plugin")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any plugin rebuilds entries on arrival, so that an entry may carry a weight for each of its elements."""
+        return any(overrides(plugin, "decode") for plugin in self.plugins)
 
     @property
     def encodes(self) -> bool:
@@ -62,13 +67,6 @@ class Chain(Plugin):
     def detach(self) -> None:
         for plugin in reversed(self.plugins):
             plugin.detach()
-
-    def narrow(self, server: nn.Module, visit: Visit) -> nn.Module | None:
-        narrowing = [plugin for plugin in self.plugins if overrides(plugin, "narrow")]
-        if len(narrowing) > 1:
-            names = ", ".join(type(plugin).__name__ for plugin in narrowing)
-            raise ValueError(f"only one plugin may narrow the model, but {names} do; choose one")
-        return narrowing[0].narrow(server, visit) if narrowing else None
 
     def encode(self, message: Message, visit: Visit) -> Message:
         for plugin in self.plugins:

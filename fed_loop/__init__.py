@@ -1,0 +1,7 @@
+"""The thin federated loop on Fabric: rounds, clients, wire, exact aggregation, cost, checkpoints."""
+
+from featherlight.fed_loop.federation import FederatedData, Federation
+from featherlight.fed_loop.result import Result
+from featherlight.fed_loop.server import Adam, Average, Momentum
+
+__all__ = ["Adam", "Average", "FederatedData", "Federation", "Momentum", "Result"]

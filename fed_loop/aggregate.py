@@ -1,0 +1,106 @@
+"""Adding up what clients sent, exactly: sums of integers come out the same in any order and on any number of processes.
+
+A value times its weight becomes two 64-bit integers, a coarse and a fine part, in units of 2⁻³⁰ and 2⁻⁷⁶. Integers add exactly in any
+order, which floats do not; it is also what secure aggregation needs. A value of one client alone comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COARSE = 2.0**30
+FINE = 2.0**46
+BOUND = 2.0**22
+"""Largest magnitude of a value: above it the coarse part would lose bits."""
+MOST_CLIENTS = 2**16
+"""Largest cohort: the fine parts of more could overflow."""
+
+
+class Mean:
+    """The weighted mean of named tensors over clients, kept as exact sums.
+
+    Args:
+        like: name → tensor whose shape the entries have.
+        dense_weights: whether an entry's weight may differ from element to element.
+
+    Example:
+        >>> mean = Mean({"w": torch.zeros(2)})
+        >>> mean.add({"w": torch.tensor([1.0, 2.0])}, 0.25)
+        >>> mean.add({"w": torch.tensor([5.0, 2.0])}, 0.75)
+        >>> mean.result()["w"]
+        tensor([4., 2.], dtype=torch.float64)
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], dense_weights: bool = False) -> None:
+        self._shapes = {name: value.shape for name, value in like.items()}
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        weight_sizes = sizes if dense_weights else [1] * len(sizes)
+        device = next(iter(like.values())).device if like else torch.device("cpu")
+        self._sums = torch.zeros(2, sum(sizes), dtype=torch.int64, device=device)
+        self._weights = torch.zeros(sum(weight_sizes), dtype=torch.int64, device=device)
+        self._at = dict(zip(self._shapes, _slices(sizes)))
+        self._weight_at = dict(zip(self._shapes, _slices(weight_sizes)))
+
+    def add(self, update: Mapping[str, Tensor | tuple[Tensor, Tensor]], weight: float) -> None:
+        """Add one client's entries.
+
+        Args:
+            update: name → value, or (value, weight of each element: 0 where the client held nothing).
+            weight: of this client, so scaled that the cohort's weights add up to at most 1.
+
+        Raises:
+            ValueError: a name or shape that does not belong here, a value that is not finite or beyond :data:`BOUND`;
+                nothing of the update has been added then.
+        """
+        self._check(update)
+        for name, entry in update.items():
+            value, own = entry if isinstance(entry, tuple) else (entry, None)
+            share = weight if own is None else own.double().flatten() * weight
+            scaled = value.double().flatten() * share * COARSE
+            coarse = scaled.round()
+            where = self._at[name]
+            self._sums[0, where] += coarse.long()
+            self._sums[1, where] += ((scaled - coarse) * FINE).round_().long()
+            units = torch.as_tensor(share, dtype=torch.float64) * COARSE
+            self._weights[self._weight_at[name]] += units.round().long().to(self._weights.device)
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Add up over processes."""
+        self._sums = all_reduce(self._sums)
+        self._weights = all_reduce(self._weights)
+
+    def result(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+        """name → mean, float64, of every entry somebody held; ``(mean, held)`` with a mask where only some elements were held."""
+        means: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
+        for name, shape in self._shapes.items():
+            weights = self._weights[self._weight_at[name]].double() / COARSE
+            if not bool((weights > 0).any()):
+                continue
+            coarse, fine = self._sums[:, self._at[name]].double()
+            total = coarse / COARSE + fine / (COARSE * FINE)
+            mean = (total / weights.where(weights > 0, 1.0)).reshape(shape)
+            means[name] = mean if bool((weights > 0).all()) else (mean, (weights > 0).reshape(shape))
+        return means
+
+    def _check(self, update: Mapping[str, Any]) -> None:
+        for name, entry in update.items():
+            value = entry[0] if isinstance(entry, tuple) else entry
+            if name not in self._shapes:
+                raise ValueError(f'entry "{name}" is not among the {len(self._shapes)} that train in this round')
+            if value.shape != self._shapes[name]:
+                raise ValueError(f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(self._shapes[name])}')
+            largest = value.abs().max() if value.numel() else torch.zeros(())
+            if not bool(largest < BOUND):  # false for NaN too
+                raise ValueError(f'entry "{name}" is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})')
+
+
+def _slices(sizes: list[int]) -> list[slice]:
+    slices, start = [], 0
+    for size in sizes:
+        slices.append(slice(start, start + size))
+        start += size
+    return slices

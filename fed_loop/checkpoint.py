@@ -1,0 +1,100 @@
+"""Checkpoints that survive being written: a new file, flushed to disk, renamed over nothing, before an old one goes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEEP = 2
+"""How many checkpoints stay: the newest, and the one before it in case the newest proves unreadable."""
+
+
+def path_of(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:06d}.ckpt"
+
+
+def write(folder: Path, round: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` (tensors and plain data) as the checkpoint after ``round`` rounds; keep the newest :data:`KEEP`.
+
+    Raises:
+        OSError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    final = path_of(folder, round)
+    partial = final.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(final)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        last = newest(folder)
+        left = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise OSError(f"cannot write checkpoint {final} ({error}); {left}") from error
+    for old in existing(folder)[:-KEEP]:
+        old.unlink(missing_ok=True)
+    return final
+
+
+def existing(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(folder.glob("round-*.ckpt"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest finished checkpoint, if any."""
+    found = existing(folder)
+    return found[-1] if found else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Load a checkpoint; only tensors and plain data, never code.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else (a malicious pickle, for one).
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path} cannot be read: damaged, or not tensors and plain data alone ({reason})") from error
+    if not isinstance(state, dict) or "round" not in state:
+        raise ValueError(f"{path} is not a checkpoint of a federation")
+    return state
+
+
+def check_same_run(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on from a run of another configuration.
+
+    Raises:
+        ValueError: names the first setting that differs, with both values.
+    """
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"checkpoint {path} is of another run: {name} was {before.get(name)}, now {now.get(name)}; "
+                "use the same configuration, or another folder"
+            )
+
+
+def digest(value: Any) -> str:
+    """A short fingerprint of plain data."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Federated training of a LightningModule on Fabric: rounds of a cohort's turns, an exact mean, a server step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from featherlight.fed_loop.aggregate import MOST_CLIENTS
+from featherlight.fed_loop.report import Report
+from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.run import Run
+from featherlight.fed_loop.server import Average
+from featherlight.plugins import Chain, Plugin, Visit
+
+
+class FederatedData(Protocol):
+    """What the loop needs of data; :class:`featherlight.ssl_models.ImageData` is one."""
+
+    num_clients: int
+
+    def client_sizes(self) -> Sequence[int]:
+        """Training samples of each client."""
+
+    def steps_per_visit(self, client: int, epochs: int) -> int:
+        """Steps of one turn."""
+
+    def client_batches(self, visits: Sequence[Visit], epochs: int) -> Any:
+        """``(index into visits, batch)`` for all visits, in their order, as one stream."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Batch on the device → batch for ``training_step``."""
+
+
+class Federation:
+    """Trains one LightningModule over many clients.
+
+    Args:
+        rounds: how many rounds to run.
+        cohort: clients drawn for each round; all of them if left out.
+        local_epochs: passes over its own data that a client makes in a round.
+        server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
+        seed: every random number of the run comes from it.
+        resend: send a client all it needs in every round, in place of only what changed since it last took part.
+        clip: largest gradient norm of a client's step.
+        evaluate_every: evaluate the server's model every so many rounds; 0 for the end only.
+        evaluate_clients: evaluate the global model on every client's own held-out part, too.
+        folder: where metrics, costs and checkpoints go; nothing is written if left out.
+        checkpoint_every: write a checkpoint every so many rounds; 0 for none.
+        accelerator, devices, num_nodes, precision: as for Lightning; the cohort is spread over the devices' processes, and the result
+            is the same, bit for bit, whatever their number.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        rounds: int,
+        cohort: int | None = None,
+        local_epochs: int = 1,
+        server: Average | None = None,
+        seed: int = 0,
+        resend: bool = False,
+        clip: float | None = None,
+        evaluate_every: int = 0,
+        evaluate_clients: bool = False,
+        folder: str | Path | None = None,
+        checkpoint_every: int = 1,
+        accelerator: str = "auto",
+        devices: int | str = 1,
+        num_nodes: int = 1,
+        precision: str | int | None = None,
+        progress: bool = True,
+    ) -> None:
+        for name, value, least in (("rounds", rounds, 1), ("local_epochs", local_epochs, 1), ("checkpoint_every", checkpoint_every, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value}: give {least} or more")
+        if cohort is not None and cohort > MOST_CLIENTS:
+            raise ValueError(f"cohort={cohort}: exact sums hold up to {MOST_CLIENTS} clients a round")
+        self.rounds = rounds
+        self.cohort = cohort
+        self.local_epochs = local_epochs
+        self.server = Average() if server is None else server
+        self.seed = seed
+        self.resend = resend
+        self.clip = clip
+        self.evaluate_every = evaluate_every
+        self.evaluate_clients = evaluate_clients
+        self.folder = Path(folder) if folder is not None else None
+        self.checkpoint_every = checkpoint_every
+        self.progress = progress
+        self.compute: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": precision}
+
+    def run(
+        self,
+        module: nn.Module,
+        data: FederatedData,
+        plugins: Sequence[Plugin] = (),
+        evaluators: Sequence[Evaluator] = (),
+        loggers: Sequence[Logger] = (),
+        resume: bool = False,
+    ) -> Result:
+        """Train ``module`` in place: it ends with the server's final weights, as an ordinary module.
+
+        Args:
+            module: a LightningModule.
+            data: who has which samples.
+            plugins: methods, in the order in which they encode.
+            evaluators: ``(module, data) → {name: figure}``, run on the server's model.
+            loggers: Lightning loggers; they get a row of metrics each round.
+            resume: go on from the newest checkpoint in ``folder``, if there is one.
+
+        Raises:
+            ValueError: model, plugins, data and settings do not fit together, or a checkpoint is of another run.
+        """
+        run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers))
+        try:
+            return run.go(resume)
+        finally:
+            run.close()

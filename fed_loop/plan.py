@@ -1,0 +1,49 @@
+"""What one client's turn holds, trains, receives and sends: read off the model, before any training. Prediction and training share it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from featherlight.plugins import Chain, Clock, Visit, held, trained
+from featherlight.plugins.present import count
+
+
+class Plan(NamedTuple):
+    """One client's turn.
+
+    Args:
+        received: live entries that the client must have as the server has them; targets are made on the spot from their twins.
+        sent: live entries that training may change, and that go up.
+        params_held, params_trained: numbers of parameters, targets counted as held.
+        structure: equal for turns whose steps cost the same.
+    """
+
+    received: dict[str, Tensor]
+    sent: dict[str, Tensor]
+    params_held: int
+    params_trained: int
+    structure: Hashable
+
+
+def shareable(model: nn.Module, targets: dict[str, str]) -> dict[str, Tensor]:
+    """All live entries that a server keeps: the ``state_dict`` but for targets."""
+    skip = tuple(f"{path}." for path in targets)
+    return {name: value for name, value in held(model).items() if not name.startswith(skip)}
+
+
+def make_plan(model: nn.Module, chain: Chain, targets: dict[str, str], visit: Visit) -> Plan:
+    """Begin ``visit`` on ``model`` and read off what it takes."""
+    clock = Clock(visit.round, 0)
+    chain.visit(visit)
+    model.train()
+    chain.before_forward(clock)
+    present = held(model)
+    sent = trained(model, ignore=tuple(targets))
+    chain.after_step(clock)
+    skip = tuple(f"{path}." for path in targets)
+    received = {name: value for name, value in present.items() if not name.startswith(skip)}
+    structure = tuple((tuple(value.shape), name in sent) for name, value in present.items())
+    return Plan(received, sent, count(present), count(sent), structure)

@@ -1,0 +1,65 @@
+"""The processes that share a federation's clients: Fabric starts them, this adds up and passes on between them.
+
+Each process trains its clients alone: the model is set up on its own device and never wrapped for data parallelism, since clients of
+different sizes take different numbers of steps, and gradients of different clients must not be averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+
+class Processes:
+    """One or several processes on one or several hosts.
+
+    Args:
+        accelerator, devices, num_nodes, precision: as for ``lightning.Fabric``; ``devices`` is the number of processes.
+    """
+
+    def __init__(self, accelerator: str = "auto", devices: int | str = 1, num_nodes: int = 1, precision: str | int | None = None) -> None:
+        several = devices not in (1, "1") or num_nodes > 1
+        self._outer = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp" if several else "auto")
+        self._precision = precision
+
+    def launch(self) -> None:
+        """Start the other processes, unless something (torchrun) has."""
+        self._outer.launch()
+        device = self._outer.device
+        self.fabric = Fabric(
+            accelerator=device.type,
+            devices=1,
+            strategy=SingleDeviceStrategy(device=device),
+            precision=self._precision,  # type: ignore[arg-type]
+        )
+
+    @property
+    def rank(self) -> int:
+        return self._outer.global_rank
+
+    @property
+    def size(self) -> int:
+        return self._outer.world_size
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        return value if self.size == 1 else self._outer.all_reduce(value, reduce_op="sum")  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        self._outer.barrier()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Everybody's ``item`` (plain data), in the order of ranks: as JSON, since nothing here is ever unpickled."""
+        if self.size == 1:
+            return [item]
+        text = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
+        lengths = self._outer.all_gather(torch.tensor([text.numel()])).flatten().tolist()  # type: ignore[union-attr]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: text.numel()] = text
+        rows = self._outer.all_gather(padded)
+        return [json.loads(bytes(row[:length].cpu().tolist())) for row, length in zip(rows, lengths)]  # type: ignore[arg-type]

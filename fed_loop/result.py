@@ -1,0 +1,28 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from featherlight.plugins.cost_table import CostTable
+
+Evaluator = Callable[[nn.Module, Any], Mapping[str, float]]
+"""``(module, data) → {name: figure}``."""
+
+
+@dataclass
+class Result:
+    """What a run leaves.
+
+    Args:
+        history: a dict per round; metrics: of the last evaluation; cost: the cost table; rounds: how many were run in all.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    cost: CostTable = field(default_factory=CostTable)
+    rounds: int = 0

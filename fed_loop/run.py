@@ -1,0 +1,274 @@
+"""One run of a federation: its state, its rounds, its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from featherlight.fed_loop import checkpoint
+from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.cohort import balance, sample
+from featherlight.fed_loop.interrupts import Interrupts
+from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.optimizers import ClientOptimizer
+from featherlight.fed_loop.plan import shareable
+from featherlight.fed_loop.processes import Processes
+from featherlight.fed_loop.report import Report
+from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.turn import Clients, Turn
+from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
+from featherlight.plugins.optimizer_state import release
+from featherlight.plugins.present import trained
+from featherlight.plugins.targets import follow
+
+if TYPE_CHECKING:
+    from featherlight.fed_loop.federation import Federation
+
+
+class Run:
+    """One run's state. ``server``, ``ledger``, ``result`` and the server optimizer are what a checkpoint holds."""
+
+    def __init__(
+        self, settings: Federation, module: nn.Module, data: Any, chain: Chain, evaluators: Sequence[Evaluator], report: Report
+    ) -> None:
+        self.settings, self.module, self.data, self.chain, self.evaluators = settings, module, data, chain, evaluators
+        self.processes = Processes(**settings.compute)
+        self.processes.launch()
+        self.report = report
+        self.targets = find_targets(module)
+        chain.attach(module)
+        self.optimizer = ClientOptimizer(module)
+        self.clients = Clients(
+            self.processes.fabric, module, self.optimizer, chain, self.targets, data, settings.local_epochs, settings.clip
+        )
+        self.live = shareable(module, self.targets)
+        self.server = {name: value.detach().clone() for name, value in self.live.items()}
+        self.ledger = Ledger(settings.resend)
+        self.result = Result()
+        self.sizes = data.client_sizes()
+
+    # -- rounds -----------------------------------------------------------------------------------------------------
+    def go(self, resume: bool) -> Result:
+        done = self._resume() if resume else self._start_clean()
+        with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
+            for round in range(done, self.settings.rounds):
+                self._whole = True
+                try:
+                    self._round(round)
+                except BaseException:
+                    if self._interrupts.asked and self._whole:
+                        self._save(round, interrupted=True)
+                    raise
+                self._save(round + 1)
+        self._load_server()
+        return self.result
+
+    def close(self) -> None:
+        self.chain.detach()
+
+    def _round(self, round: int) -> None:
+        started = time.perf_counter()
+        settings, processes = self.settings, self.processes
+        clock = Clock(round, 0)
+        self._advance(clock)
+        cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
+        mine = balance(cohort, self.sizes, processes.size)[processes.rank]
+        visits = [Visit(round, client, settings.seed) for client in mine]
+        mean = Mean(self._travels(visits[0] if visits else Visit(round, cohort[0], settings.seed)), self.chain.decodes)
+        total = sum(self.sizes[client] for client in cohort)
+        turns = []
+        self.clients.begin_round()
+        for index, stream in groupby(self.data.client_batches(visits, settings.local_epochs), key=itemgetter(0)):
+            turn, update = self.clients.train(visits[index], (batch for _, batch in stream), self.server, self.ledger)
+            self._admit(turn, update, self.sizes[turn.client] / total, mean)
+            turns.append(turn)
+            self.report.client_is_done(len(turns), len(visits))
+            self._interrupts.check()
+        mean.reduce(processes.all_reduce)
+        everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
+        everybody.sort(key=lambda turn: turn.client)
+        self._whole = False  # from here to the end of the round, state is half old and half new
+        self._update(mean, clock)
+        self._record(round, everybody, time.perf_counter() - started)
+
+    def _advance(self, clock: Clock) -> None:
+        """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""
+        self._load_server()
+        self.module.train()
+        release([self.optimizer.optimizer], self.chain.advance(clock))
+        self.optimizer.go_to(clock.period)
+        changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])]
+        for name in changed:
+            self.server[name].copy_(self.live[name].detach())
+        self.ledger.changed(changed, clock.period - 1)
+
+    def _travels(self, visit: Visit) -> Message:
+        """Entries as they reach the server in this round, for their names and shapes."""
+        self.module.train()
+        self.chain.before_forward(Clock(visit.round, 0))
+        like: Message = {name: value.detach() for name, value in trained(self.module, tuple(self.targets)).items()}
+        self.chain.after_step(Clock(visit.round, 0))
+        if not self.chain.encodes:
+            return like
+        zeros = {name: torch.zeros_like(value) for name, value in like.items()}
+        decoded = self.chain.decode(self.chain.encode(zeros, visit), visit)
+        return {name: value[0] if isinstance(value, tuple) else value for name, value in decoded.items()}
+
+    def _admit(self, turn: Turn, update: Message, weight: float, mean: Mean) -> None:
+        """Add an update, or note why it is rejected."""
+        if turn.rejected:
+            return
+        try:
+            mean.add(update, weight)
+        except ValueError as error:
+            turn.rejected = str(error)
+
+    def _update(self, mean: Mean, clock: Clock) -> None:
+        """The server's step: mean → lift → server optimizer → settle."""
+        result = mean.result()
+        held_by_some = {name: entry[1] for name, entry in result.items() if isinstance(entry, tuple)}
+        total = {name: entry[0] if isinstance(entry, tuple) else entry for name, entry in result.items()}
+        if self.chain.encodes:
+            total = {name: self.server[name].double() + change for name, change in self.chain.lift(total, clock).items()}
+        for name, value in total.items():
+            old = self.server[name]
+            new = self.settings.server.step(name, old.double(), value)
+            if name in held_by_some:
+                new = new.where(held_by_some[name], old.double())
+            old.copy_(new if old.is_floating_point() else new.round())
+        self.ledger.changed(total, clock.period)
+        self._load_server()
+        self.chain.settle(self.module, clock)
+
+    def _load_server(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.live.values()), list(self.server.values()))
+        follow(self.module, self.targets)
+
+    # -- what is told -----------------------------------------------------------------------------------------------
+    def _record(self, round: int, turns: list[Turn], seconds: float) -> None:
+        stage = self.chain.stage(round)
+        for turn in turns:
+            self.ledger.visited(turn.client, turn.kept)
+            self.result.cost.add(stage, round, turn.cost)
+        used = [turn for turn in turns if not turn.rejected]
+        row: dict[str, float] = {
+            "round": round,
+            "stage": stage + 1,
+            "loss": sum(turn.loss * self.sizes[turn.client] for turn in used) / max(sum(self.sizes[turn.client] for turn in used), 1),
+            "clients": len(used),
+            "rejected": len(turns) - len(used),
+            "bytes_down": sum(turn.cost.bytes_down for turn in turns),
+            "bytes_up": sum(turn.cost.bytes_up for turn in turns),
+            "lr": self.optimizer.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+        }
+        last = round + 1 == self.settings.rounds
+        due = self.settings.evaluate_every and (round + 1) % self.settings.evaluate_every == 0
+        if last or due:
+            self.result.metrics = self._evaluate(round)
+            row |= self.result.metrics
+        self.result.history.append(row)
+        self.result.rounds = round + 1
+        self.report.round_is_done(row, turns, self.result)
+
+    def _evaluate(self, round: int) -> dict[str, float]:
+        """Figures of the server's model, computed by the first process and told to all."""
+        metrics: dict[str, float] = {}
+        if self.processes.rank == 0:
+            self.module.eval()
+            for evaluator in self.evaluators:
+                self.report.doing(f"evaluating: {type(evaluator).__name__}")
+                metrics |= {name: float(value) for name, value in evaluator(self.module, self.data).items()}
+        metrics = self.processes.gather(metrics)[0]
+        if self.settings.evaluate_clients:
+            metrics |= self._evaluate_clients()
+        return metrics
+
+    def _evaluate_clients(self) -> dict[str, float]:
+        """The global model on every client's held-out part: mean over clients, weighted by samples."""
+        self.module.eval()
+        sums: dict[str, float] = {}
+        samples = 0.0
+        mine = range(self.processes.rank, self.data.num_clients, self.processes.size)
+        with torch.no_grad():
+            for client in mine:
+                for raw in self.data.client_val_batches(client):
+                    batch = self.data.on_after_batch_transfer(self.processes.fabric.to_device(raw), 0)
+                    figures = self.module.validation_step(batch, 0) or {}  # type: ignore[operator]
+                    size = len(batch[-1])
+                    samples += size
+                    for name, value in figures.items():
+                        sums[name] = sums.get(name, 0.0) + float(value) * size
+        shares = self.processes.gather([sums, samples])
+        total = sum(share[1] for share in shares)
+        names = sorted({name for share in shares for name in share[0]})
+        return {f"client_{name}": sum(share[0].get(name, 0.0) for share in shares) / total for name in names} if total else {}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+    def _fingerprint(self) -> dict[str, str]:
+        """What must be the same for a run to go on; the number of rounds may grow."""
+        settings = self.settings
+        shapes = {name: tuple(value.shape) for name, value in self.server.items()}
+        return {
+            "model": f"{type(self.module).__name__}({dict(getattr(self.module, 'hparams', {}))})",
+            "entries": checkpoint.digest(shapes),
+            "plugins": str(self.chain.describe()),
+            "clients": f"{self.data.num_clients} with {checkpoint.digest(list(self.sizes))}",
+            "cohort": str(settings.cohort),
+            "local_epochs": str(settings.local_epochs),
+            "server": f"{type(settings.server).__name__}({settings.server.describe()})",
+            "seed": str(settings.seed),
+            "resend": str(settings.resend),
+            "clip": str(settings.clip),
+        }
+
+    def _start_clean(self) -> int:
+        if self.settings.folder is not None and (last := checkpoint.newest(self.settings.folder)) is not None:
+            raise ValueError(f"{last} is there already; go on from it with resume=True (--resume), or use another folder")
+        return 0
+
+    def _resume(self) -> int:
+        folder = self.settings.folder
+        if folder is None:
+            raise ValueError("to resume, give the folder in which the run's checkpoints are")
+        path = checkpoint.newest(folder)
+        if path is None:
+            return 0
+        state = checkpoint.read(path)
+        checkpoint.check_same_run(path, state["fingerprint"], self._fingerprint())
+        for name, value in state["server"].items():
+            self.server[name].copy_(value)
+        self.settings.server.load_state_dict(state["server_optimizer"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.result.cost.load_state_dict(state["cost"])
+        self.result.history, self.result.metrics = state["history"], state["metrics"]
+        self.result.rounds = state["round"]
+        self.report.resumed(path, self.result)
+        return int(state["round"])
+
+    def _save(self, round: int, interrupted: bool = False) -> None:
+        """After ``round`` rounds. The state between rounds is whole, so a run that is interrupted loses at most the round it was in."""
+        settings = self.settings
+        if settings.folder is None or not settings.checkpoint_every or self.processes.rank != 0:
+            return
+        due = round % settings.checkpoint_every == 0 or round == settings.rounds
+        if not (due or interrupted) or checkpoint.path_of(settings.folder, round).exists():
+            return
+        state = {
+            "round": round,
+            "fingerprint": self._fingerprint(),
+            "server": self.server,
+            "server_optimizer": settings.server.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "cost": self.result.cost.state_dict(),
+            "history": self.result.history,
+            "metrics": self.result.metrics,
+        }
+        self.report.saved(checkpoint.write(settings.folder, round, state), interrupted)
