@@ -1,7 +1,8 @@
-"""The augmentation of SimCLR and MoCo, in two implementations of one distribution: lightly's transforms, image by image in the
-loader, and whole batches of tensors on the device. Also the usual crop and flip for supervised training.
+"""The augmentation of SimCLR and MoCo, as operations on whole batches of tensors, on any device.
 
-Every random number comes from the batch's seed, so the views of a batch depend on nothing else.
+Drawing (:func:`draw`) and doing (:func:`apply`) are apart: all random numbers come from one generator on the CPU, so every device
+and any part of a batch sees the same views. Distributions are those of torchvision's and lightly's transforms on PIL images, which
+:mod:`~featherlight.ssl_models.views` offers beside this; tests compare the two.
 """
 
 from __future__ import annotations
@@ -9,18 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from featherlight.plugins.seeds import generator
 
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop: torchvision's default, which SimCLR and MoCo use."""
 LUMA = (0.299, 0.587, 0.114)
 """Grey of red, green and blue (ITU-R 601-2), as PIL converts."""
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Draws(NamedTuple):
     flip: Tensor
     jitter: Tensor
     order: Tensor  # (B, 4): the operation done first, second, ...
-    factors: Tensor  # (B, 4): of each operation, in the order of OPERATIONS
+    factors: Tensor  # (B, 4): of each operation, of brightness, contrast, saturation, hue
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
@@ -179,13 +177,13 @@ def _change(x: Tensor, chosen: Tensor, operation: Callable[[Tensor, Tensor], Ten
 
 def _resampling(start: Tensor, length: Tensor, size: int) -> Tensor:
     """Matrices (B, size, size) that stretch ``length`` pixels from ``start`` to ``size``, as PIL's BILINEAR resize of the crop."""
-    step = (length.double() / size)[:, None, None]
+    step = (length.float() / size)[:, None, None]
     centre = start[:, None, None] + (torch.arange(size)[None, :, None] + 0.5) * step
     pixel = torch.arange(size)[None, None, :]
     weight = (1 - (centre - pixel - 0.5).abs() / step.clamp(min=1)).clamp(min=0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
     weight = weight * inside
-    return (weight / weight.sum(2, keepdim=True)).float()
+    return weight / weight.sum(2, keepdim=True)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -239,47 +237,3 @@ def _smoothing(spread: Tensor, size: int) -> Tensor:
     below = torch.special.ndtr((edges - torch.arange(size, device=spread.device)[:, None]) / spread[:, None, None])
     first, last = below[..., :1], 1 - below[..., -1:]
     return torch.cat([first, below.diff(dim=-1), last], dim=-1)
-
-
-class Views:
-    """The views of a data set's batches, by whole-batch operations or by lightly's transforms.
-
-    Args:
-        shape: of the images, (C, H, W).
-        count: 2 for contrastive training, 1 for supervised.
-        mirrored: whether a mirrored image is still one of the same kind.
-        first: augmentation of the first of two views; None: what is suited.
-        second: of the second; None: the same.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        count: int,
-        mirrored: bool = True,
-        first: Augmentation | None = None,
-        second: Augmentation | None = None,
-    ) -> None:
-        first = first or suited(shape, mirrored)
-        self.shape, self.mirrored = shape, mirrored
-        self.augmentations = (first, second or first)[:count]
-
-    def batched(self, images: Tensor, places: Tensor, total: int, seed: int) -> tuple[Tensor, ...]:
-        """Views of a batch by whole-batch operations.
-
-        Args:
-            images: uint8 (B, C, H, W), on any device.
-            places: their places in the whole batch, (B,).
-            total: size of the whole batch.
-            seed: the batch's seed.
-
-        Returns:
-            Float tensors in [0, 1], (B, C, H, W), one per view.
-        """
-        return tuple(
-            apply(images, draw(augmentation, self.shape, total, generator(seed, "view", number)).at(places))
-            for number, augmentation in enumerate(self.augmentations)
-        )
-
-    def in_loader(self, images: Tensor, draw: Any) -> tuple[Tensor, ...]:
-        raise NotImplementedError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -115,6 +116,7 @@ class VisitSampler(DistributedSampler[Draw]):
         self.clients, self.plan, self.seed = clients, plan, seed
         self.visits: Sequence[Visit] = [Visit(0, 0, seed)]
         self.epochs = 1
+        self.skip = 0  # batches that the next iteration leaves out
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -124,7 +126,8 @@ class VisitSampler(DistributedSampler[Draw]):
         return sum(self.plan.steps(len(self.clients[visit.client])) * self.epochs for visit in self.visits)
 
     def __iter__(self) -> Iterator[Draw]:
-        return self._draws(self.visits, self.epochs)
+        skip, self.skip = self.skip, 0
+        return islice(self._draws(self.visits, self.epochs), skip, None)
 
     def _draws(self, visits: Sequence[Visit], epochs: int) -> Iterator[Draw]:
         for visit in visits:
@@ -169,13 +172,31 @@ class BatchDataset(Dataset[Any]):
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A DataLoader over whole batches that raises a worker's errors as they are."""
+    """A DataLoader over whole batches that raises a worker's errors as they are, and can go on in the middle of an epoch.
+
+    Lightning keeps :meth:`state_dict` in its checkpoints.
+    """
+
+    _given = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # A generator, so that nothing is drawn before the first batch is asked for: Lightning calls iter() before set_epoch().
+        sampler: Any = self.sampler
+        self._given = sampler.skip
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
+            self._given += 1
             yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the running epoch have been given."""
+        return {"given": self._given % max(1, len(self))}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out, in the next epoch asked for, the batches that had been given."""
+        sampler: Any = self.sampler
+        sampler.skip = state["given"]
 
 
 class EvaluationDataset(Dataset[Any]):

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from featherlight.plugins.base import Visit
 from featherlight.plugins.seeds import generator
-from featherlight.ssl_models.augment import Augmentation, Views
+from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.partitions import IID, Natural, Partition
-from featherlight.ssl_models.sources import LOADERS, Loaded, Source, in_memory, moments
+from featherlight.ssl_models.sources import LOADERS, Loaded, Source, UnreadableImage, moments, read
+from featherlight.ssl_models.views import Views
 
 EVALUATION_BATCH = 512
 
@@ -112,11 +113,17 @@ class ImageData(LightningDataModule):
     def num_classes(self) -> int:
         return len(self._loaded.classes)
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
-        _, channels, height, width = self._train.images.take(torch.tensor([0])).shape
-        return channels, height, width
+        try:
+            picture = self._loaded.train.images.take(torch.tensor([0]))
+        except UnreadableImage:
+            if not self.skip_unreadable:
+                raise
+            picture = self._train.images.take(torch.tensor([0]))
+        _, channels, height, width = picture.shape
+        return channels, self.image_size or height, self.image_size or width
 
     @property
     def num_clients(self) -> int:
@@ -129,7 +136,7 @@ class ImageData(LightningDataModule):
     def client_label_counts(self) -> Tensor:
         """Images of each client's training part by label, int64 (num_clients, num_classes)."""
         owner = torch.arange(self.num_clients).repeat_interleave(torch.tensor(self.client_sizes()))
-        labels = self._train.labels[torch.cat(self._clients)]
+        labels = self._listed.labels[torch.cat(self._clients)]
         known = labels >= 0
         cells = owner[known] * self.num_classes + labels[known]
         return cells.bincount(minlength=self.num_clients * self.num_classes).view(self.num_clients, self.num_classes)
@@ -156,10 +163,10 @@ class ImageData(LightningDataModule):
     # -- for a Trainer --------------------------------------------------------------------------------------------
     def prepare_data(self) -> None:
         if self.download:
-            LOADERS[self.dataset](self.root, True)
+            LOADERS[self.dataset](self.root, True, False)
 
     def setup(self, stage: str | None = None) -> None:
-        self._train  # noqa: B018
+        self._train, self._make_views  # noqa: B018
 
     def train_dataloader(self) -> DataLoader[Any]:
         everything = [torch.arange(len(self._train.labels))]
@@ -188,43 +195,52 @@ class ImageData(LightningDataModule):
     # -- for probes -----------------------------------------------------------------------------------------------
     def probe_data(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Loaders of un-augmented, normalised training and test images with labels."""
-        if (self._train.labels < 0).any():
+        if (self._listed.labels < 0).any():
             raise ValueError("probes need labels, and some training images have none; lay them out as root/train/CLASS/*")
         return self._evaluation(self._train), self._evaluation(self._test)
 
     # -- how it is made -------------------------------------------------------------------------------------------
     @cached_property
     def _loaded(self) -> Loaded:
-        return LOADERS[self.dataset](self.root, False)
+        return LOADERS[self.dataset](self.root, self.download, isinstance(self.partition, Natural))
 
     @cached_property
     def _parts(self) -> tuple[Source, Source, Source]:
-        """Training, validation and test images, read."""
+        """Training, validation and test images, whose files are not read yet."""
         source, test = self._loaded.train, self._loaded.test
         places = torch.arange(len(source.labels))
         if test is None:
             held, places = _stratified(source.labels, self.test_fraction)
             test = source.at(held)
         places = places[torch.randperm(len(places), generator=generator(self.seed, "train"))]
-        held = round(self.val_fraction * len(places))
-        val, train = places[:held].sort().values, places[held:][: self.limit_train].sort().values
-        read = [
-            in_memory(part, self.image_size, self.in_memory_bytes, self.skip_unreadable)
-            for part in (source.at(train), source.at(val), test)
-        ]
-        return read[0], read[1], read[2]
+        kept = round(self.val_fraction * len(places))
+        val, train = places[:kept].sort().values, places[kept:][: self.limit_train].sort().values
+        return source.at(train), source.at(val), test
 
-    @property
+    def _read(self, part: int) -> Source:
+        source = read(self._parts[part], self.image_size, self.in_memory_bytes, self.skip_unreadable)
+        if len(source.images) and (shape := tuple(source.images.take(torch.tensor([0])).shape[1:])) != self.image_shape:
+            raise ValueError(
+                f"there are images of shape {self.image_shape} and of shape {shape} (C, H, W); set image_size to bring all to one size"
+            )
+        return source
+
+    @cached_property
     def _train(self) -> Source:
-        return self._parts[0]
+        return self._read(0)
 
-    @property
+    @cached_property
     def _val(self) -> Source:
-        return self._parts[1]
+        return self._read(1)
+
+    @cached_property
+    def _test(self) -> Source:
+        return self._read(2)
 
     @property
-    def _test(self) -> Source:
-        return self._parts[2]
+    def _listed(self) -> Source:
+        """The training part as far as sizes and labels go: files are read only where some of them may be left out."""
+        return self._train if self.skip_unreadable else self._parts[0]
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -237,7 +253,7 @@ class ImageData(LightningDataModule):
     @cached_property
     def _divided(self) -> tuple[list[Tensor], list[Tensor]]:
         """For each client the images it trains on, and those it keeps for evaluation."""
-        labels, owners = self._train.labels, self._train.owners
+        labels, owners = self._listed.labels, self._listed.owners
         count = self._num_clients
         if isinstance(self.partition, Natural) and owners is not None and count == 1:
             count = len(set(owners))

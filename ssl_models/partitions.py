@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
 from functools import cache
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,6 +163,8 @@ class Natural(Partition):
 def _places(partitioner: Partitioner, labels: Tensor, num_clients: int) -> list[Tensor]:
     """The rows of a table with a ``label`` column that ``partitioner`` gives to each client."""
     partitioner.dataset = _table().from_dict({"label": labels.numpy()})
+    with redirect_stderr(StringIO()):  # the natural partitioner draws a progress bar that cannot be turned off
+        partitioner.load_partition(0)
     return [torch.as_tensor(partitioner.load_partition(client), dtype=torch.int64) for client in range(num_clients)]
 
 
