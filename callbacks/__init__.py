@@ -1,8 +1,10 @@
 """The methods as Lightning callbacks, and what a run cost."""
 
+from featherlight.callbacks.cost_monitor import CostMonitor
 from featherlight.callbacks.depth_dropout import DepthDropout
+from featherlight.callbacks.fresh_start import FreshStart
 from featherlight.callbacks.host import PluginCallback
 from featherlight.callbacks.layer_freezing import LayerFreezing
 from featherlight.callbacks.progressive_growth import ProgressiveGrowth
 
-__all__ = ["DepthDropout", "LayerFreezing", "PluginCallback", "ProgressiveGrowth"]
+__all__ = ["CostMonitor", "DepthDropout", "FreshStart", "LayerFreezing", "PluginCallback", "ProgressiveGrowth"]

@@ -40,7 +40,7 @@ class PluginCallback(pl.Callback):
         self.plugin = plugin
         self.seed = seed
         self._chain: Chain | None = None  # the leader's, while attached
-        self._begun: int | None = None  # the epoch that the model has been brought to
+        self._reached: int | None = None  # the last epoch that was begun, in this process or in the one that is resumed
         self._clock: Clock | None = None  # of the step under way
         self._undo: list[Callable[[], None]] = []
         self._brought = saved.Brought()
@@ -50,6 +50,7 @@ class PluginCallback(pl.Callback):
         if leader(trainer) is not self:
             return
         if stage == "fit":
+            self._reached = None
             parallel.refuse_untested(trainer.strategy)
         chain = Chain(callback.plugin for callback in _members(trainer))
         common_seed(trainer)
@@ -81,30 +82,31 @@ class PluginCallback(pl.Callback):
             undo()
         parallel.forget(pl_module)
         self._chain.detach()
-        self._chain, self._begun, self._undo = None, None, []
+        self._chain, self._undo = None, []
 
     # -- periods --------------------------------------------------------------------------------------------------
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, 0)
+        self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # a run resumed within an epoch gets no on_train_epoch_start; batches done there keep a stage from beginning twice
-        done = trainer.fit_loop.epoch_loop.batch_progress.current
-        self._begin(trainer, pl_module, done.processed)  # type: ignore[attr-defined]
+        self._begin(trainer, pl_module)  # here and not only in on_train_epoch_start, which a run resumed within an epoch does not get
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, 0)
+        if self._reached != trainer.current_epoch:
+            self._begin(trainer, pl_module)
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        period = trainer.current_epoch
-        if self._chain is None or self._begun == period:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._chain is None:
             return
+        period, done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
+        # an epoch that was begun before must not begin again: a stage's first step makes its weights
+        step = max(1, done.processed) if self._reached == period else 0  # type: ignore[attr-defined]
         change = self._chain.advance(Clock(period, step))
         optimizer_state.release(trainer.optimizers, change)
         optimizer_state.check_covered(pl_module, trainer.optimizers)
         self._chain.visit(Visit(period, 0, common_seed(trainer)))
         parallel.rewrap(trainer.strategy, pl_module)
-        self._begun = period
+        self._reached = period
 
     # -- steps ----------------------------------------------------------------------------------------------------
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -135,7 +137,7 @@ class PluginCallback(pl.Callback):
             checkpoint[saved.KEY] = {
                 "plugins": saved.describe(_members(trainer)),
                 "seed": common_seed(trainer),
-                "epoch": trainer.current_epoch if self._begun is None else self._begun,
+                "epoch": self._reached,
                 "brought": self._brought.take(checkpoint["state_dict"]),
             }
 
@@ -144,8 +146,9 @@ class PluginCallback(pl.Callback):
             return
         entry = saved.check_same(checkpoint.get(saved.KEY), _members(trainer), common_seed(trainer))
         self._brought.put_back(pl_module, entry["brought"])
-        if trainer.state.fn != "fit":  # a checkpoint is evaluated as far as it has grown
-            self._chain.advance(Clock(entry["epoch"], 1))
+        self._reached = entry["epoch"]
+        if trainer.state.fn != "fit" and self._reached is not None:  # a checkpoint is evaluated as far as it has grown
+            self._chain.advance(Clock(self._reached, 1))
 
 
 def leader(trainer: pl.Trainer) -> PluginCallback | None:
@@ -153,10 +156,10 @@ def leader(trainer: pl.Trainer) -> PluginCallback | None:
     return next(iter(_members(trainer)), None)
 
 
-def stage_of(trainer: pl.Trainer) -> int:
-    """The stage, counted from 0, that the current epoch belongs to."""
+def stage_of(trainer: pl.Trainer, epoch: int) -> int:
+    """The stage, counted from 0, that ``epoch`` belongs to."""
     leading = leader(trainer)
-    return 0 if leading is None or leading._chain is None else leading._chain.stage(trainer.current_epoch)
+    return 0 if leading is None or leading._chain is None else leading._chain.stage(epoch)
 
 
 def common_seed(trainer: pl.Trainer) -> int:

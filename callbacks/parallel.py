@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featherlight.plugins.bypass import Bypass, is_absent
+from featherlight.plugins.bypass import is_absent
 from featherlight.plugins.present import held
 
 _IGNORE = "_ddp_params_and_buffers_to_ignore"  # torch's own name; DDP reads it from the module that it wraps
@@ -35,9 +35,9 @@ def rewrap(strategy: Strategy, module: pl.LightningModule) -> None:
     present = held(module)
     resting = {name for name, value in module.named_parameters() if name not in present or not value.requires_grad}
     resting |= {name for name, _ in module.named_buffers() if name not in present and name in module.state_dict()}
-    if resting == getattr(module, _IGNORE, None):
+    if resting == getattr(module, _IGNORE, set()):
         return
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, resting)
+    setattr(module, _IGNORE, resting)
     strategy.model = module
     strategy.configure_ddp()
 
@@ -57,7 +57,7 @@ def check_all_used(strategy: Strategy, module: nn.Module) -> None:
     if not isinstance(wrapped, DistributedDataParallel) or wrapped.find_unused_parameters:
         return
     for path, block in module.named_modules():
-        if not isinstance(block, Bypass) or not block._bypassed_by or is_absent(block):  # type: ignore[arg-type]
+        if not block.__dict__.get("_bypassed_by") or is_absent(block):
             continue
         if any(parameter.requires_grad for parameter in block.parameters()):
             raise MisconfigurationException(
