@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan
 from featherlight.fed_loop.wire import pack, unpack
@@ -20,7 +21,7 @@ from featherlight.plugins import Chain, Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import check_covered, clear
 from featherlight.plugins.seeds import derive
-from featherlight.plugins.step_cost import StepCost, StepMeter
+from featherlight.plugins.step_cost import StepMeter
 from featherlight.plugins.targets import follow
 
 
@@ -57,8 +58,7 @@ class Clients:
     """Trains one client after the other on one device.
 
     Args:
-        steps_of: client → number of steps of its turn.
-        to_batch: batch on the device → batch for the module (augmentation).
+        epochs: local epochs of a turn.
         clip: largest gradient norm, or None.
     """
 
@@ -82,7 +82,7 @@ class Clients:
         self._data = data
         self._epochs = epochs
         self._clip = clip
-        self._step_costs: dict[Any, tuple[StepCost, int]] = {}
+        self.meters = Meters()
 
     def begin_round(self) -> None:
         self._payloads: dict[tuple[str, ...], tuple[int, Message]] = {}
@@ -105,18 +105,7 @@ class Clients:
         update = unpack(payload, limit=len(payload))
         if self._chain.decodes:
             update = dict(self._chain.decode(update, visit))
-        step, per_step = self._step_costs.get(plan.structure, (StepCost(0, 0, 0, 0), 1))
-        turn.cost = TurnCost(
-            plan.params_held,
-            plan.params_trained,
-            step.saved_bytes,
-            step.peak_bytes,
-            step.flops_forward * samples / per_step,
-            step.flops_backward * samples / per_step,
-            bytes_down,
-            len(payload),
-            time.perf_counter() - started,
-        )
+        turn.cost = self.meters.turn_cost(plan, samples, bytes_down, len(payload), time.perf_counter() - started)
         return turn, update
 
     def _receive(self, plan: Plan, client: int, server: Mapping[str, Tensor], ledger: Ledger) -> int:
@@ -135,17 +124,17 @@ class Clients:
         """All local steps of one turn; returns the number of samples."""
         torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))  # the model's own dropout has no other source
         clear([self._raw])
-        total = min(2, self._data.steps_per_visit(visit.client, self._epochs))
         losses = torch.zeros((), device=self._fabric.device)
         samples = 0
         for step, raw in enumerate(batches):
             batch = self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0)
             clock = Clock(visit.round, step)
-            samples += count_samples(batch)
-            if step == total - 1 and plan.structure not in self._step_costs:  # the second step finds optimizer state in place
+            size = count_samples(batch)
+            samples += size
+            if self.meters.wants(plan.structure, step, size):
                 with StepMeter(self.module, [self._raw], batch) as meter:
                     loss = self._step(batch, clock, meter)
-                self._step_costs[plan.structure] = meter.cost, count_samples(batch)
+                self.meters.note(plan.structure, step, size, meter.cost)
             else:
                 loss = self._step(batch, clock)
             losses += loss

@@ -1,0 +1,116 @@
+"""What a federation will cost, without training it: the same plans, the same meters, on tensors that have shapes and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.federation import Federation
+from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.meters import Meters
+from featherlight.fed_loop.optimizers import ClientOptimizer
+from featherlight.fed_loop.plan import Plan, make_plan, shareable
+from featherlight.fed_loop.wire import packed_length
+from featherlight.plugins import Chain, Clock, Plugin, Visit, find_targets
+from featherlight.plugins.cost_table import CostTable
+from featherlight.plugins.optimizer_state import clear
+from featherlight.plugins.step_cost import StepMeter
+
+
+def predict(
+    settings: Federation,
+    make_module: Callable[[], nn.Module],
+    data: Any,
+    plugins: Sequence[Plugin] = (),
+    progress: Callable[[int], None] = lambda round: None,
+) -> CostTable:
+    """The cost table that ``settings.run`` would measure, but for seconds.
+
+    Args:
+        make_module: builds the LightningModule; called where its tensors get no memory.
+        data: as for ``run``; besides, ``batch_sizes(client, epochs)`` gives the samples of each step of a turn, and ``example_batch(n)`` a
+            batch of n samples, as ``training_step`` takes it.
+        progress: told the number of each round done.
+    """
+    try:
+        with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
+            module = make_module()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress)
+    except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError):
+        return _predict(settings, make_module(), data, plugins, progress)  # its shapes depend on values: meter on real tensors
+
+
+def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequence[Plugin], progress: Callable[[int], None]) -> CostTable:
+    chain = Chain(plugins)
+    targets = find_targets(module)
+    chain.attach(module)
+    try:
+        return _Prediction(settings, module, data, chain, targets).rounds(progress)
+    finally:
+        chain.detach()
+
+
+class _Prediction:
+    def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, targets: dict[str, str]) -> None:
+        self.settings, self.module, self.data, self.chain, self.targets = settings, module, data, chain, targets
+        self.optimizer = ClientOptimizer(module).optimizer
+        self.server = shareable(module, targets)
+        self.ledger = Ledger(settings.resend)
+        self.meters = Meters()
+        self.table = CostTable()
+
+    def rounds(self, progress: Callable[[int], None]) -> CostTable:
+        settings = self.settings
+        for round in range(settings.rounds):
+            self.module.train()
+            self.chain.advance(Clock(round, 0))
+            changed: set[str] = set()
+            kept: dict[int, dict[str, int]] = {}
+            for client in sample(self.data.num_clients, settings.cohort, settings.seed, round):
+                visit = Visit(round, client, settings.seed)
+                plan = make_plan(self.module, self.chain, self.targets, visit)
+                kept[client] = self.ledger.after(client, plan.received, plan.sent)
+                self._turn(plan, visit)
+                changed |= plan.sent.keys()
+            for client, entries in kept.items():
+                self.ledger.visited(client, entries)
+            self.ledger.changed(changed, round)
+            progress(round + 1)
+        return self.table
+
+    def _turn(self, plan: Plan, visit: Visit) -> None:
+        sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
+        clear([self.optimizer])
+        for step, samples in enumerate(sizes[:2]):
+            if self.meters.wants(plan.structure, step, samples):
+                self.meters.note(plan.structure, step, samples, self._step(Clock(visit.round, step), samples))
+        names = self.ledger.to_send(visit.client, plan.received)
+        up = dict(plan.sent)
+        if self.chain.encodes:
+            up = self.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
+        down = packed_length({name: self.server[name] for name in names})
+        cost = self.meters.turn_cost(plan, sum(sizes), down, packed_length(up))
+        self.table.add(self.chain.stage(visit.round), visit.round, cost)
+
+    def _step(self, clock: Clock, samples: int) -> Any:
+        batch = self.data.example_batch(samples)
+        self.chain.before_forward(clock)
+        with StepMeter(self.module, [self.optimizer], batch) as meter:
+            loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
+            loss = loss["loss"] if isinstance(loss, dict) else loss
+            extra = self.chain.extra_loss(self.module, batch)
+            if extra is not None:
+                loss = loss + extra
+            meter.forward_is_done()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self.chain.after_step(clock)
+        return meter.cost
