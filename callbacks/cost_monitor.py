@@ -80,6 +80,7 @@ class CostMonitor(pl.Callback):
         self._epoch = _Epoch()
         self._meter: StepMeter | None = None
         self._in_forward = False
+        self._warm = False  # whether a step of this epoch was done in this process: gradients and optimizer state are there
         self._since = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -90,8 +91,8 @@ class CostMonitor(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch != self._epoch.number:
             self._open(trainer, pl_module)
-        second_or_only = batch_idx > 0 or trainer.num_training_batches == 1
-        if second_or_only and self._epoch.form not in self._measured:
+        ready = self._warm or batch_idx + 1 == trainer.num_training_batches
+        if ready and self._epoch.form not in self._measured:
             self._epoch.seconds += self._lap()
             self._meter = StepMeter(pl_module, trainer.optimizers, batch)
             self._meter.__enter__()
@@ -105,6 +106,7 @@ class CostMonitor(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         samples = _samples(batch)
         self._epoch.samples += samples
+        self._warm = True
         if self._meter is None:
             return
         skipped, meter = self._in_forward, self._meter
@@ -140,6 +142,7 @@ class CostMonitor(pl.Callback):
             pl_module.log_dict({f"cost/{name}": float(value) for name, value in asdict(turn).items()}, rank_zero_only=True)
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._warm = False
         self._close(trainer)  # the epoch before had no end where a run was resumed right after its last batch
         present, training = held(pl_module), trained(pl_module)
         names = "\n".join([*present, "", *training])
@@ -168,6 +171,7 @@ class CostMonitor(pl.Callback):
 
     # -- the run --------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close(trainer)
         if trainer.loggers and (folder := trainer.log_dir):  # every process asks: the answer is a broadcast
             _write(Path(folder) / "cost.json", self.table.to_json())
 

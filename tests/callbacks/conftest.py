@@ -83,7 +83,7 @@ class Byol(Toy):
             target = self.target(batch[0].flip(-1))
         return -nn.functional.cosine_similarity(online, target).mean()
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
+    def on_before_zero_grad(self, optimizer):
         with torch.no_grad():
             for target, online in zip(self.target.parameters(), self.encoder.parameters()):
                 target.lerp_(online, 0.1)

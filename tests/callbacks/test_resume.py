@@ -1,0 +1,191 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit, at every moment at which a checkpoint can be written."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, ProgressiveGrowth
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Loader:
+    """Batches of four in a fixed order; knows where it is, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, loader):
+        self.batches, self.position = list(loader), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start, self.position = self.position % len(self), self.position % len(self)
+        for batch in self.batches[start:]:
+            self.position += 1
+            yield batch
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class SaveAlways(pl.Callback):
+    """A checkpoint after every batch and every epoch."""
+
+    def __init__(self, folder):
+        self.folder, self.paths = folder, []
+
+    def save(self, trainer, name):
+        self.paths.append(self.folder / f"{trainer.current_epoch}-{name}.ckpt")
+        trainer.save_checkpoint(self.paths[-1])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.save(trainer, f"batch-{batch_idx}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "end")
+
+
+STAGES = {"blocks": "encoder.blocks.*", "periods_per_stage": 1}
+METHODS = {
+    "freezing": lambda: [LayerFreezing(**STAGES, init="copy_previous")],
+    "two epochs a stage": lambda: [LayerFreezing(blocks="encoder.blocks.*", periods_per_stage=2, init="copy_previous")],
+    "growth with dropout of blocks": lambda: [
+        ProgressiveGrowth(blocks="encoder.blocks.*", periods_per_stage=[1, 1, 2], warmup_periods=1),
+        DepthDropout(blocks="encoder.blocks.*", every="batch"),
+    ],
+    "fresh starts": lambda: [FreshStart(), LayerFreezing(**STAGES), DepthDropout(blocks="encoder.blocks.*")],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_state, tmp_path):
+    def model():
+        return byol(dropout=0.5) if method != "fresh starts" else toy(dropout=0.5)
+
+    def run(*more, ckpt_path=None):
+        trained, cost = model(), CostMonitor(show=False)
+        make_trainer(*METHODS[method](), cost, *more).fit(trained, Loader(loader), ckpt_path=ckpt_path)
+        for row in (rows := cost.table.to_json())["rows"] + [rows["total"]]:
+            del row["seconds"]
+        return trained.state_dict(), rows
+
+    saving = SaveAlways(tmp_path)
+    whole, cost = run(saving)
+    assert len(saving.paths) == 12
+    for path in saving.paths[:-1]:
+        # a copy at the start of a stage, done twice, would lose what the first batches had learned
+        resumed, resumed_cost = run(ckpt_path=path)
+        same_state(resumed, whole)
+        assert resumed_cost == cost, path
+
+
+def test_resumed_with_max_steps(toy, loader, make_trainer, same_state, tmp_path):
+    saving = SaveAlways(tmp_path)
+    whole = toy()
+    make_trainer(*METHODS["freezing"](), saving, max_steps=8, max_epochs=-1).fit(whole, Loader(loader))
+    within = [
+        path for path in saving.paths[:-2] if "batch" in path.name
+    ]  # at an epoch's end Lightning itself repeats that end's schedulers
+    for path in within:
+        resumed = toy()
+        make_trainer(*METHODS["freezing"](), max_steps=8, max_epochs=-1).fit(resumed, Loader(loader), ckpt_path=path)
+        same_state(resumed.state_dict(), whole.state_dict())
+
+
+def test_saved_after_training_and_gone_on_with(toy, loader, make_trainer, same_state, tmp_path):
+    whole, part, rest = toy(), toy(), toy()
+    make_trainer(*METHODS["freezing"]()).fit(whole, loader)
+    first = make_trainer(*METHODS["freezing"](), max_epochs=2)
+    first.fit(part, loader)
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    make_trainer(*METHODS["freezing"]()).fit(rest, loader, ckpt_path=tmp_path / "after.ckpt")
+    same_state(rest.state_dict(), whole.state_dict())
+
+
+SCRIPT = """
+import importlib.util, sys
+from pathlib import Path
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path({here!r}) / f"{{name}}.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); return module
+toys, resume = load("conftest"), load("test_resume")
+import lightning.pytorch as pl, torch
+from torch.utils.data import DataLoader, TensorDataset
+folder = Path(sys.argv[1])
+class Slow(pl.Callback):
+    def on_train_batch_start(self, *_):
+        print("batch", flush=True); __import__("time").sleep(0.03)
+last = folder / "last.ckpt"
+checkpoint = resume.ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)
+trainer = pl.Trainer(accelerator="cpu", max_epochs=6, callbacks=[*resume.METHODS["two epochs a stage"](), checkpoint, Slow()],
+                     logger=False, enable_progress_bar=False, enable_model_summary=False)
+model = toys.Byol(dropout=0.0)
+trainer.fit(model, resume.Loader(DataLoader(TensorDataset(*toys.tensors()), 4)), ckpt_path=last if last.exists() else None)
+torch.save(model.state_dict(), folder / "done.pt")
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    script = SCRIPT.format(here=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_a_random_moment(tmp_path, same_state):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    moment = random.Random(os.environ.get("PYTEST_SEED")).uniform(1, 17)
+    uninterrupted, victim = start(whole), start(killed)
+    for _ in range(int(moment)):
+        victim.stdout.readline()
+    time.sleep(0.04 * (moment % 1))
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert not (killed / "done.pt").exists()
+    again = start(killed)
+    again.communicate()
+    uninterrupted.communicate()
+    print(f"killed at {moment:.2f} of 18 batches")
+    same_state(torch.load(killed / "done.pt"), torch.load(whole / "done.pt"))
+
+
+def test_another_configuration_is_named(toy, loader, make_trainer, tmp_path):
+    trainer = make_trainer(*METHODS["freezing"](), max_epochs=1)
+    trainer.fit(toy(), loader)
+    trainer.save_checkpoint(path := tmp_path / "one.ckpt")
+
+    def resume(*callbacks):
+        make_trainer(*callbacks).fit(toy(), loader, ckpt_path=path)
+
+    with pytest.raises(ValueError, match=r"periods_per_stage=1 of LayerFreezing, this run has 5: resume with the same"):
+        resume(LayerFreezing(blocks="encoder.blocks.*", periods_per_stage=5, init="copy_previous"))
+    with pytest.raises(ValueError, match="made with LayerFreezing, this run has LayerFreezing, DepthDropout"):
+        resume(*METHODS["freezing"](), DepthDropout(blocks="encoder.blocks.*"))
+    with pytest.raises(ValueError, match="seed=0 of the run, this run has 7"):
+        resume(LayerFreezing(**STAGES, init="copy_previous", seed=7))
+    plain = make_trainer(max_epochs=1)
+    plain.fit(toy(), loader)
+    plain.save_checkpoint(path)
+    with pytest.raises(ValueError, match="made with no plugins, this run has LayerFreezing"):
+        resume(*METHODS["freezing"]())
+
+
+def test_checkpoints_hold_plain_data_and_load_without_code(toy, loader, make_trainer, tmp_path):
+    trainer = make_trainer(
+        *METHODS["fresh starts"](),
+        CostMonitor(show=False),
+        ModelCheckpoint(tmp_path, save_last=True),
+        max_epochs=1,
+        enable_checkpointing=True,
+    )
+    trainer.fit(toy(), loader)
+    entry = torch.load(tmp_path / "last.ckpt", weights_only=True)["featherlight"]
+    assert [plugin["plugin"] for plugin in entry["plugins"]] == ["LayerFreezing", "DepthDropout"]
