@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -64,14 +64,20 @@ def vit(
     heads: int = 3,
     patch_size: int = 4,
     mlp_ratio: float = 4.0,
+    pool: Literal["token", "mean"] = "token",
 ) -> nn.Module:
-    """A vision transformer (arXiv 2010.11929) with a class token: ``blocks.0`` … ``blocks.{depth-1}``, then ``norm``."""
+    """A vision transformer (arXiv 2010.11929) with a class token: ``blocks.0`` … ``blocks.{depth-1}``, then ``norm``.
+
+    Features are the class token behind ``norm``, or with ``pool="mean"`` the mean of the other tokens; the parameters are the same.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     if image_size % patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one of them")
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}: change one of them")
+    if pool not in ("token", "mean"):
+        raise ValueError(f'pool "{pool}" not found; there are token, mean')
     model = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -81,6 +87,8 @@ def vit(
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_ratio,
+        global_pool="avg" if pool == "mean" else "token",
+        fc_norm=False,  # one norm, in front of the pooling, either way
     )
     return _with_feature_dim(model, width)
 
@@ -93,9 +101,10 @@ def vit_tiny(
     heads: int = 3,
     patch_size: int = 4,
     mlp_ratio: float = 4.0,
+    pool: Literal["token", "mean"] = "token",
 ) -> nn.Module:
     """ViT-Tiny/4 as LW-FedSSL trains it (arXiv 2401.11647): 12 blocks of 444,864 parameters, 65 tokens at 32 px."""
-    return vit(image_size, in_channels, depth, width, heads, patch_size, mlp_ratio)
+    return vit(image_size, in_channels, depth, width, heads, patch_size, mlp_ratio, pool)
 
 
 # -- convolutional networks -----------------------------------------------------------------------------------------

@@ -40,12 +40,15 @@ def test_vit_tiny_has_the_parameters_of_the_paper() -> None:
     assert {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
-def test_vit_tiny_features_are_the_normed_class_token() -> None:
-    vit = make_backbone("vit_tiny", depth=2).eval()
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_vit_features_are_the_normed_class_token_or_the_mean_of_the_others(pool: str) -> None:
+    vit = make_backbone("vit_tiny", depth=2, pool=pool).eval()
+    assert parameters(vit) == 2 * 444_864 + 22_080 + 384
     images = torch.randn(2, 3, 32, 32)
     tokens = vit.patch_embed(images)
     tokens = torch.cat([vit.cls_token.expand(2, -1, -1), tokens], 1) + vit.pos_embed
-    torch.testing.assert_close(vit(images), vit.norm(vit.blocks(tokens))[:, 0])
+    tokens = vit.norm(vit.blocks(tokens))
+    torch.testing.assert_close(vit(images), tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1))
 
 
 def test_resnet18_for_small_images_differs_from_the_large_one_in_its_stem_and_classifier() -> None:
@@ -104,7 +107,7 @@ def test_any_model_of_timm_and_torchvision(name: str, dim: int) -> None:
         ({"name": "torchvision/resnet"}, "torchvision has no model.*did you mean resnet"),
         ({"name": "torchvision/squeezenet1_0"}, "does not end in a linear classifier"),
         ({"name": "torchvision/resnet18", "pretrained": True, "in_channels": 1}, "take 3 channels, not 1"),
-        ({"name": "vit", "detph": 3}, '"vit" has no option "detph"; it takes depth, width, heads, patch_size, mlp_ratio'),
+        ({"name": "vit", "detph": 3}, '"vit" has no option "detph"; it takes depth, width, heads, patch_size, mlp_ratio, pool'),
         ({"name": "resnet9", "depth": 3}, "it takes none"),
         ({"name": "vit", "image_size": 30}, "30 is not a multiple of patch_size 4"),
         ({"name": "vit", "width": 100}, "100 is not a multiple of heads 3"),
