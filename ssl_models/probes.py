@@ -36,8 +36,16 @@ class Featurizer(Protocol):
     def features(self, x: Tensor) -> Tensor: ...
 
 
+class Probe:
+    """A judge of features: called with a module and data, it gives figures by name. Configurations list them under ``probes``."""
+
+    def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
+        """``{name: figure}``."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it judges features")
+
+
 @dataclass(frozen=True)
-class KNN:
+class KNN(Probe):
     """The share of test images whose class the weighted vote of their nearest training images names (arXiv 1805.01978).
 
     Args:
@@ -71,7 +79,7 @@ class KNN:
 
 
 @dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(Probe):
     """The test accuracy of a linear classifier on frozen features, each standardised by its training mean and deviation.
 
     The problem is convex and solved on all training images at once by L-BFGS from zero, so nothing is drawn at random.
@@ -114,7 +122,7 @@ class LinearProbe:
 
 
 @dataclass(frozen=True)
-class FineTune:
+class FineTune(Probe):
     """The test accuracy after training a copy of the backbone and a new linear layer end to end (AdamW, warm-up, cosine).
 
     LW-FedSSL (arXiv 2401.11647) fine-tunes for 40 epochs, 10 of them warm-up, with AdamW at 1e-3. The training images are
