@@ -3,9 +3,10 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from featherlight.callbacks import LayerFreezing, ProgressiveGrowth
 from lightly.utils.lars import LARS
 from torch import nn
+
+from featherlight.callbacks import LayerFreezing, ProgressiveGrowth
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
