@@ -185,6 +185,7 @@ class BatchLoader(DataLoader[Batch]):
         self._given = sampler.skip
         for batch in super().__iter__():
             if isinstance(batch, Exception):
+                self._iterator = None  # ends the workers now: left to the garbage collector, that takes 5 seconds
                 raise batch
             self._given += 1
             yield batch

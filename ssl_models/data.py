@@ -146,6 +146,16 @@ class ImageData(LightningDataModule):
         """Batches that one visit to ``client`` takes."""
         return epochs * self.plan.steps(len(self._clients[client]))
 
+    def batch_sizes(self, client: int, epochs: int) -> list[int]:
+        """Images of each batch of one visit to ``client``."""
+        size = len(self._clients[client])
+        return [min(self.plan.batch_size, size - first * self.plan.batch_size) for first in range(self.plan.steps(size))] * epochs
+
+    def example_batch(self, size: int) -> Any:
+        """A training batch of noise, shaped as ``training_step`` takes it: for counting costs."""
+        views = [torch.rand(size, *self.image_shape) for _ in range(self.views)]
+        return (tuple(views) if self.views == 2 else views[0]), torch.zeros(size, dtype=torch.long)
+
     def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
         """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
 

@@ -1,0 +1,391 @@
+"""ImageData: the same batches for everyone who asks, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from torch import Tensor
+
+from featherlight.plugins.base import Visit
+from featherlight.ssl_models.batches import BatchDataset, BatchLoader, Draw, Plan, VisitSampler, as_is
+from featherlight.ssl_models.data import ImageData
+from featherlight.ssl_models.partitions import Dirichlet, Natural, Shards
+
+
+def made(data: ImageData, visits: list[Visit], epochs: int = 1) -> list[tuple[int, Any]]:
+    """Finished batches of some visits."""
+    return [(turn, data.on_after_batch_transfer(batch, 0)) for turn, batch in data.client_batches(visits, epochs)]
+
+
+def tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, Tensor):
+        return [nested]
+    return [t for part in nested for t in tensors(part)] if isinstance(nested, list | tuple) else []
+
+
+def same(a: Any, b: Any) -> bool:
+    mine, yours = tensors(a), tensors(b)
+    return len(mine) == len(yours) and all(torch.equal(x, y) for x, y in zip(mine, yours, strict=True))
+
+
+# -- what the digits are ----------------------------------------------------------------------------------------------
+def test_digits_are_divided_into_the_same_training_and_test_parts_whatever_the_seed() -> None:
+    one, other = ImageData(seed=0), ImageData(seed=1)
+    train, test = ([x for batch in loader for x in batch[0]] for loader in one.probe_data())
+    assert (len(train) + len(test), one.num_classes, one.image_shape) == (1797, 10, (1, 8, 8))
+    assert abs(len(test) - 1797 / 5) <= 5  # a fifth of each of ten labels, rounded
+    assert same([y for _, y in one.probe_data()[1]], [y for _, y in other.probe_data()[1]])
+    from sklearn.datasets import load_digits
+
+    labels = torch.cat([y for loader in one.probe_data() for _, y in loader]).bincount()
+    assert labels.tolist() == np.bincount(load_digits().target).tolist()
+
+
+def test_training_images_are_normalised_and_pixels_are_sklearns() -> None:
+    from sklearn.datasets import load_digits
+
+    data = ImageData()
+    train, test = (torch.cat([x for x, _ in loader]) for loader in data.probe_data())
+    assert train.shape[1:] == (1, 8, 8)
+    assert float(train.double().mean()) == pytest.approx(0, abs=1e-5)
+    assert float(train.double().std()) == pytest.approx(1, abs=1e-4)
+    everything = torch.cat([train, test]).double().flatten(1).sum(1).sort().values
+    raw = torch.from_numpy(load_digits().data).sum(1).sort().values  # of 0 to 16; an affine map keeps the order and the shape
+    assert np.corrcoef(everything, raw)[0, 1] > 0.99999
+
+
+# -- the same batches for everyone ------------------------------------------------------------------------------------
+class Recorder(LightningModule):
+    """Keeps the batches it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[Any] = []
+        self.validated = 0
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.seen.append(batch)
+        return self.weight * tensors(batch)[0].mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.validated += len(batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=folder, **{"enable_checkpointing": False, "devices": 1, **quiet, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("views", "augment"), [(2, "batched"), (1, "batched"), (2, "lightly"), (2, "none")])
+def test_a_trainer_and_a_federation_of_one_client_see_the_same_batches(tmp_path: Path, views: Any, augment: Any) -> None:
+    model = Recorder()
+    ours = {"views": views, "augment": augment, "batch_size": 32, "limit_train": 100, "seed": 5}
+    trainer(tmp_path, max_epochs=2).fit(model, datamodule=ImageData(**ours))  # type: ignore[arg-type]
+    federation = ImageData(**ours)  # type: ignore[arg-type]
+    batches = [batch for epoch in (0, 1) for _, batch in made(federation, [Visit(epoch, 0, 5)])]
+    assert len(batches) == (6 if views == 2 else 8)  # 100 = 3 · 32 + 4: the rest is dropped with two views
+    assert same(model.seen, batches)
+    x, labels = model.seen[0]
+    assert [part.shape for part in tensors(x)] == [(32, 1, 8, 8)] * views
+    assert labels.dtype == torch.int64
+    assert views == 1 or torch.equal(x[0], x[1]) == (augment == "none")
+    assert not same(model.seen[0], model.seen[len(batches) // 2])  # another epoch, another order
+
+
+def test_a_trainer_stopped_in_the_middle_of_an_epoch_goes_on_where_it_was(tmp_path: Path) -> None:
+    def fit(steps: int, start: Path | None = None) -> Recorder:
+        model = Recorder()
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        runner = trainer(tmp_path, max_steps=steps, max_epochs=-1, enable_checkpointing=True, callbacks=[keep])
+        runner.fit(model, datamodule=ImageData(batch_size=32, limit_train=100), ckpt_path=start)
+        return model
+
+    whole, first = fit(8), fit(4)  # 3 steps an epoch: the checkpoint of step 4 lies in the second
+    second = fit(8, tmp_path / "step=4.ckpt")
+    assert len(whole.seen) == 8
+    assert same(first.seen + second.seen, whole.seen)
+
+
+@pytest.mark.parametrize("augment", ["batched", "lightly"])
+def test_batches_do_not_depend_on_workers_on_the_order_of_clients_or_on_who_asks_else(augment: Any) -> None:
+    def data(workers: int) -> ImageData:
+        return ImageData(augment=augment, num_clients=4, partition=Dirichlet(0.5), batch_size=16, limit_train=200, num_workers=workers)
+
+    visits = [Visit(2, client, 9) for client in (3, 0, 2)]
+    alone, helped = data(0), data(2)
+    expected = made(alone, visits, epochs=2)
+    assert same([batch for _, batch in expected], [batch for _, batch in made(helped, visits, epochs=2)])
+    backwards = made(helped, visits[::-1], epochs=2)  # a second stream from the same workers
+    for turn in range(3):
+        mine = [batch for at, batch in expected if at == turn]
+        assert len(mine) == alone.steps_per_visit(visits[turn].client, 2)
+        assert same(mine, [batch for at, batch in backwards if at == 2 - turn])
+        assert same(mine, [batch for _, batch in made(data(0), [visits[turn]], epochs=2)])
+
+
+def test_rounds_epochs_clients_and_seeds_all_change_what_is_drawn() -> None:
+    data = ImageData(num_clients=2, batch_size=64, limit_train=200)
+    first = made(data, [Visit(0, 0, 0)], epochs=2)
+    others = [first[1], made(data, [Visit(1, 0, 0)])[0], made(data, [Visit(0, 1, 0)])[0], made(data, [Visit(0, 0, 1)])[0]]
+    assert not any(same(first[0][1], other[1]) for other in others)
+
+
+def test_a_new_stream_may_begin_before_the_last_has_ended() -> None:
+    data = ImageData(num_clients=2, batch_size=32, limit_train=200, num_workers=1)
+    next(data.client_batches([Visit(0, 0), Visit(0, 1)], 1))
+    assert same(made(data, [Visit(0, 1)]), made(ImageData(num_clients=2, batch_size=32, limit_train=200), [Visit(0, 1)]))
+
+
+def test_processes_share_a_batch_and_see_its_views() -> None:
+    data = ImageData(batch_size=30, limit_train=70, drop_last=False, num_workers=0)
+    data.setup()
+    clients = [torch.arange(70)]
+    whole = made(data, [Visit(0, 0, 0)])
+    parts = []
+    for rank in (0, 1, 2, 3):
+        sampler = VisitSampler(clients, data.plan, 0, rank, processes=4)
+        loader = BatchLoader(BatchDataset(data._train.images, data._train.labels), batch_size=None, sampler=sampler, collate_fn=as_is)
+        parts.append([data.on_after_batch_transfer(batch) for batch in loader])
+    for step, (_, ((x, _), labels)) in enumerate(whole):
+        # 30 images over 4 processes: 8 each, the first two seen twice; the last batch has 10: 3 each.
+        for rank, part in enumerate(parts):
+            places = torch.arange(rank, -(-len(labels) // 4) * 4, 4) % len(labels)
+            assert torch.equal(part[step][1], labels[places])
+            assert torch.allclose(part[step][0][0], x[places], atol=1e-6)
+
+
+# -- how epochs are cut -----------------------------------------------------------------------------------------------
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 50), st.integers(2, 20), st.booleans(), st.sampled_from([1, 2]))
+def test_an_epoch_gives_each_image_at_most_once_and_steps_says_how_many_batches(
+    size: int, batch_size: int, drop_last: bool, at_least: int
+) -> None:
+    plan = Plan(batch_size, drop_last, at_least)
+    indices = torch.arange(100, 100 + size)
+    batches = [draw.indices.tolist() for draw in plan.draws(indices, Visit(0), 1)]
+    assert len(batches) == plan.steps(size)
+    seen = [index for batch in batches for index in batch]
+    assert len(seen) == len(set(seen))
+    assert set(seen) <= set(indices.tolist())
+    assert all(at_least <= len(batch) <= batch_size for batch in batches)
+    left_out = size - len(seen)
+    if drop_last and size >= batch_size:
+        assert left_out == size % batch_size
+    else:
+        assert left_out < at_least
+
+
+def test_client_sizes_and_labels_are_counted_as_a_loop_counts_them() -> None:
+    data = ImageData(num_clients=5, partition=Shards(2), batch_size=8, client_val_fraction=0.2, views=1)
+    assert data.num_clients == 5
+    counts = torch.zeros(5, 10, dtype=torch.long)
+    for client in range(5):
+        for _, (_, labels) in made(data, [Visit(0, client)]):
+            for label in labels.tolist():
+                counts[client, label] += 1
+    assert torch.equal(data.client_label_counts(), counts)
+    assert data.client_sizes() == counts.sum(1).tolist()
+    kept = [torch.cat([y for _, y in data.client_val_batches(client)]) for client in range(5)]
+    for size, held in zip(data.client_sizes(), kept, strict=True):
+        assert len(held) == round(0.2 * (size + len(held)))
+    everything = torch.cat([y for _, y in data.probe_data()[0]]).bincount(minlength=10)
+    assert torch.equal(counts.sum(0) + torch.cat(kept).bincount(minlength=10), everything)
+
+
+def test_limits_are_nested_and_validation_images_are_not_trained_on(tmp_path: Path) -> None:
+    def images(**settings: Any) -> tuple[set[bytes], set[bytes]]:
+        data = ImageData(val_fraction=0.1, **settings)
+        parts = [data._train.images, data._val.images]
+        return tuple({x.numpy().tobytes() for x in part.take(torch.arange(len(part)))} for part in parts)  # type: ignore[return-value]
+
+    few, val = images(limit_train=50)
+    more, same_val = images(limit_train=200)
+    assert few < more
+    assert val == same_val
+    assert not val & more
+    assert not few <= images(limit_train=200, seed=1)[0]
+    model = Recorder()
+    data = ImageData(val_fraction=0.1, limit_train=64, batch_size=32)
+    trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=data)
+    assert model.validated == len(val)
+    none = Recorder()
+    trainer(tmp_path, max_epochs=1).fit(none, datamodule=ImageData(limit_train=64, batch_size=32))
+    assert none.validated == 0
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+def picture(path: Path, level: int, size: tuple[int, int] = (10, 12)) -> None:
+    """A picture of one grey level, 10 wide and 12 high."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level, level, level)).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of 6 training and 2 test images, each with a grey level of its own."""
+    for at in range(6):
+        picture(tmp_path / "train" / "ant" / f"{at}.png", 10 + at)
+        picture(tmp_path / "train" / "bee" / f"{at}.png", 110 + at)
+    for at in range(2):
+        picture(tmp_path / "test" / "ant" / f"{at}.png", 50 + at)
+        picture(tmp_path / "test" / "bee" / f"{at}.png", 150 + at)
+    return tmp_path
+
+
+def folder(root: Path, **settings: Any) -> ImageData:
+    return ImageData("folder", str(root), **{"views": 1, "augment": "none", "batch_size": 4, **settings})  # type: ignore[arg-type]
+
+
+def levels(data: ImageData, loader: Any) -> dict[int, list[int]]:
+    """Grey levels of a loader's images by label."""
+    mean, std = data._moments
+    found: dict[int, list[int]] = {}
+    for x, y in loader:
+        grey = ((x * std + mean) * 255).mean((1, 2, 3)).round().int().tolist()
+        for level, label in zip(grey, y.tolist(), strict=True):
+            found.setdefault(label, []).append(level)
+    return {label: sorted(values) for label, values in sorted(found.items())}
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
+def test_a_folder_gives_its_images_decoded_at_once_or_as_they_are_taken(pictures: Path, in_memory_bytes: int) -> None:
+    data = folder(pictures, in_memory_bytes=in_memory_bytes)
+    assert (data.image_shape, data.num_classes) == ((3, 12, 10), 2)
+    train, test = data.probe_data()
+    assert levels(data, train) == {0: list(range(10, 16)), 1: list(range(110, 116))}
+    assert levels(data, test) == {0: [50, 51], 1: [150, 151]}
+    assert same(made(data, [Visit(0)]), made(folder(pictures), [Visit(0)]))
+
+
+def test_a_folder_without_a_test_part_keeps_a_fifth_of_each_class(tmp_path: Path) -> None:
+    for at in range(10):
+        picture(tmp_path / "ant" / f"{at}.png", at)
+        picture(tmp_path / "bee" / "more" / f"{at}.png", 100 + at)  # the folder that holds an image names its class
+    data = folder(tmp_path)
+    train, test = data.probe_data()
+    assert {label: len(found) for label, found in levels(data, test).items()} == {0: 2, 1: 2}
+    assert {label: len(found) for label, found in levels(data, train).items()} == {0: 8, 1: 8}
+    assert data._loaded.classes == ("ant", "more")
+
+
+def test_image_size_cuts_and_resizes(pictures: Path) -> None:
+    picture(pictures / "train" / "ant" / "large.png", 20, (40, 30))
+    data = folder(pictures, image_size=6)
+    assert data.image_shape == (3, 6, 6)
+    assert levels(data, data.probe_data()[0])[0] == [10, 11, 12, 13, 14, 15, 20]
+    assert ImageData(image_size=16).image_shape == (1, 16, 16)
+    assert next(iter(ImageData(image_size=16).probe_data()[0]))[0].shape == (512, 1, 16, 16)
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_left_out_only_on_request(
+    pictures: Path, caplog: pytest.LogCaptureFixture, in_memory_bytes: int, workers: int
+) -> None:
+    (pictures / "train" / "ant" / "2.png").write_bytes(b"not a picture")
+    cut = pictures / "train" / "bee" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"cannot read image .*(ant/2|bee/3)\.png") as caught:
+        made(folder(pictures, in_memory_bytes=in_memory_bytes, num_workers=workers), [Visit(0)])
+    assert "\n" not in str(caught.value)
+    data = folder(pictures, in_memory_bytes=in_memory_bytes, num_workers=workers, skip_unreadable=True)
+    assert sum(len(y) for _, (_, y) in made(data, [Visit(0)])) == 10
+    assert data.client_sizes() == [10]
+    assert levels(data, data.probe_data()[0]) == {0: [10, 11, 13, 14, 15], 1: [110, 111, 112, 114, 115]}
+    assert "left out 2 of 12 images" in caplog.text
+
+
+def test_a_folder_per_client(tmp_path: Path) -> None:
+    for client, count in (("zoe", 3), ("abe", 5), ("mia", 2)):
+        for at in range(count):
+            picture(tmp_path / "train" / client / ("ant", "bee")[at % 2] / f"{at}.png", at)
+    for kind in ("ant", "bee"):
+        picture(tmp_path / "test" / kind / "0.png", 99)
+    data = folder(tmp_path, partition=Natural())
+    assert data.client_sizes() == [5, 2, 3]  # abe, mia, zoe
+    assert data.client_label_counts().tolist() == [[3, 2], [1, 1], [2, 1]]
+    assert data.num_classes == 2
+    assert sum(len(y) for y in (batch[1] for _, batch in made(data, [Visit(0, 2)]))) == 3
+
+
+def test_a_folder_per_client_without_labels(tmp_path: Path) -> None:
+    for client in ("abe", "mia"):
+        for at in range(4):
+            picture(tmp_path / "train" / client / f"{at}.png", at)
+    picture(tmp_path / "test" / "ant" / "0.png", 99)
+    data = folder(tmp_path, partition=Natural(), views=2, augment="batched")
+    assert data.client_sizes() == [4, 4]
+    assert data.client_label_counts().tolist() == [[0], [0]]
+    (_, (_, labels)) = made(data, [Visit(0, 1)])[0]
+    assert labels.tolist() == [-1] * 4
+    with pytest.raises(ValueError, match="probes need labels"):
+        data.probe_data()
+
+
+# -- one clear line ---------------------------------------------------------------------------------------------------
+def test_a_client_with_fewer_images_than_a_batch_gives_them_in_one() -> None:
+    data = ImageData(num_clients=3, limit_train=30, batch_size=64)
+    assert [data.steps_per_visit(client, 2) for client in range(3)] == [2, 2, 2]
+    assert [len(batch[1]) for _, batch in made(data, [Visit(0, 1)], epochs=2)] == [10, 10]
+
+
+WRONG: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda _: ImageData("digit"), "dataset='digit' is unknown; choose from digits, cifar10, cifar100, folder"),  # type: ignore[arg-type]
+    (lambda _: ImageData(views=3), "views=3 is unknown; choose from 1, 2"),  # type: ignore[arg-type]
+    (lambda _: ImageData(augment="kornia"), "augment='kornia' is unknown; choose from batched, lightly, none"),  # type: ignore[arg-type]
+    (lambda _: ImageData(batch_size=1), "batch_size=1; two views are compared within a batch, which needs at least 2"),
+    (lambda _: ImageData(val_fraction=1.0), r"val_fraction=1\.0; it must be at least 0 and below 1"),
+    (lambda _: ImageData(limit_train=0), "limit_train=0; it must be at least 1"),
+    (
+        lambda _: ImageData(num_clients=3, limit_train=4, batch_size=8).client_sizes(),
+        "client 1 has 1 training images; with batch_size=8 it needs at least 2",
+    ),
+    (
+        lambda _: ImageData(num_clients=2, limit_train=2, client_val_fraction=0.9, views=1).client_sizes(),
+        "client 0 has 0 training images; with batch_size=256 it needs at least 1",
+    ),
+    (lambda _: ImageData(limit_train=1).train_dataloader(), "client 0 has 1 training images"),
+    (lambda root: folder(root / "nowhere").setup(), r"root=.*nowhere is not a folder; give the folder that holds"),
+    (lambda root: folder(root).setup(), r"no images \(\.jpg, .*\) in "),
+    (lambda root: ImageData("cifar10", str(root)).setup(), "CIFAR10 is not in root=.*; set download=true"),
+    (lambda _: ImageData(num_clients=2, partition=Natural()).client_sizes(), "needs a folder per client"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, wrong: Callable[[Path], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        wrong(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_different_sizes_are_named(pictures: Path) -> None:
+    picture(pictures / "train" / "bee" / "large.png", 20, (40, 30))
+    with pytest.raises(ValueError, match=r"large\.png is 40x30 pixels, the first is 10x12; set image_size"):
+        folder(pictures).setup()
+    (pictures / "train" / "bee" / "large.png").unlink()
+    for path in (pictures / "test").rglob("*.png"):
+        picture(path, 1, (5, 5))
+    with pytest.raises(ValueError, match=r"shape \(3, 12, 10\) and of shape \(3, 5, 5\).*set image_size"):
+        folder(pictures).test_dataloader()
+
+
+def test_overfit_batches_says_what_to_use_instead() -> None:
+    dataset = BatchDataset(ImageData()._train.images, torch.zeros(4))
+    with pytest.raises(TypeError, match="limit_train"):
+        dataset[0]  # type: ignore[index]
+    assert len(dataset[Draw(torch.tensor([1, 2]), torch.tensor([0, 1]), 2, 0)].labels) == 2  # type: ignore[union-attr]
