@@ -94,6 +94,7 @@ class Federation:
         self.folder = Path(folder) if folder is not None else None
         self.checkpoint_every = checkpoint_every
         self.progress = progress
+        self.is_first = True
         self.compute: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": precision}
 
     def run(
@@ -119,6 +120,7 @@ class Federation:
             ValueError: model, plugins, data and settings do not fit together, or a checkpoint is of another run.
         """
         run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers))
+        self.is_first = run.processes.rank == 0  # who tells, where several processes share the run
         try:
             return run.go(resume)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +104,9 @@ class _Prediction:
         batch = self.data.example_batch(samples)
         self.chain.before_forward(clock)
         with StepMeter(self.module, [self.optimizer], batch) as meter:
-            loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
+                loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
             loss = loss["loss"] if isinstance(loss, dict) else loss
             extra = self.chain.extra_loss(self.module, batch)
             if extra is not None:

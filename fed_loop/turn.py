@@ -153,15 +153,15 @@ class Clients:
             loss = loss + extra
         if meter is not None:
             meter.forward_is_done()
-        hook = getattr(self.module, "on_before_zero_grad", None)  # where our SSL modules move their targets, as under a Trainer
-        if hook is not None:
-            hook(self._raw)
         self._optimizer.zero_grad()
         self._fabric.backward(loss)
         self._chain.after_backward(clock)
         if self._clip is not None:
             self._fabric.clip_gradients(self._model, self._optimizer, max_norm=self._clip, error_if_nonfinite=False)
         self._optimizer.step()
+        hook = getattr(self.module, "after_optimizer_step", None)  # where our SSL modules move their targets
+        if hook is not None:
+            hook()
         self._chain.after_step(clock)
         return loss.detach()
 

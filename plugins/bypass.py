@@ -26,7 +26,8 @@ class Bypass:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypassed_by:
             return self._instead[0](args[0]) if self._instead else args[0]
-        if self._frozen and torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+        grows_graph = torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].requires_grad
+        if self._frozen and grows_graph and not any(p.requires_grad for p in self.parameters()):  # type: ignore[attr-defined]
             raise RuntimeError(
                 "the input of a frozen block requires grad, so everything before it is kept for backward and nothing is saved: "
                 "something in front of the blocks still trains (name it with stem=[...]), or the images require grad"

@@ -112,13 +112,13 @@ HEADINGS = {
     "rounds": "rounds",
     "params_held": "held",
     "params_trained": "trained",
-    "saved_bytes": "saved for backward",
-    "peak_bytes": "peak memory",
-    "flops_forward": "FLOPs forward",
-    "flops_backward": "FLOPs backward",
+    "saved_bytes": "saved",
+    "peak_bytes": "peak",
+    "flops_forward": "FLOPs fwd",
+    "flops_backward": "FLOPs bwd",
     "bytes_down": "down",
     "bytes_up": "up",
-    "seconds": "seconds",
+    "seconds": "s",
 }
 
 

@@ -47,12 +47,16 @@ class MomentumSSL(SelfSupervised):
         online1 = self.predictor(self.projector(self.features(x1)))
         return self.pair_loss(online0, target1) + self.pair_loss(online1, target0)
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Move the target towards the online branch. Hosts call it once an optimizer step, after the forward pass.
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own step, then the target's: once an optimizer step, whatever is accumulated."""
+        super().optimizer_step(*args, **kwargs)
+        self.after_optimizer_step()
 
-        So the update after a step happens in the next step, behind its forward pass: the target that a forward pass uses
-        has not seen the last step. What does not train on the online side stays bitwise as it is; batch norm's running
-        statistics are not averaged, the target keeps its own.
+    def after_optimizer_step(self) -> None:
+        """Move the target towards the online branch. A host without a Trainer calls it after each optimizer step.
+
+        What does not train on the online side stays bitwise as it is; batch norm's running statistics are not averaged,
+        the target keeps its own.
         """
         moving: list[Tensor] = []
         towards: list[Tensor] = []

@@ -158,9 +158,6 @@ class FineTune(Probe):
             images, labels = (torch.cat(part) for part in zip(*((batch[0], batch[1]) for batch in train)))
             torch.manual_seed(self.seed)  # a fork of the global stream, which dropout draws from
             backbone = copy.deepcopy(cast(nn.Module, module.backbone)).requires_grad_(True).to(device)
-            for part in backbone.modules():
-                # Everything trains here, whatever a plugin froze in the original: its guard on frozen blocks would object.
-                part.__dict__.pop("_frozen", None)
             with torch.no_grad():
                 width = backbone.eval()(images[:1].to(device)).shape[1]
             network = nn.Sequential(backbone, nn.Linear(width, data.num_classes, device=device))

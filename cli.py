@@ -1,0 +1,80 @@
+"""The ``featherlight`` command: what there is, quickly; each subcommand loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+COMMANDS = {
+    "federate": "train over many clients: rounds, cost and features of one configuration",
+    "compare": "run several configurations and set them side by side: a table and a picture",
+    "cost": "what a configuration will hold, compute and send, without training it",
+    "fit": "train on one machine with Lightning's Trainer",
+    "validate": "evaluate a checkpoint on validation data",
+    "test": "evaluate a checkpoint on test data",
+}
+
+USAGE = """\
+featherlight: train a large model where only a small one fits
+
+usage: featherlight COMMAND [options]
+
+{commands}
+
+start here:
+  featherlight compare configs/quickstart          five ways to train on ten clients, in under four minutes
+  featherlight cost -c configs/quickstart/layerwise.yaml
+  featherlight federate -c configs/quickstart/layerwise.yaml --federation.rounds 20
+  featherlight fit -c configs/fit_layerwise.yaml
+
+  featherlight COMMAND --help          all options of a command
+  featherlight COMMAND -c FILE --print_config      the whole configuration, with every default
+"""
+
+EXPECTED = ("ValueError", "OSError", "TypeError", "MisconfigurationException", "ArgumentError", "RuntimeError")
+"""Errors that a user can cause: told in one line. Anything else is a bug and shows its traceback, as does FEATHERLIGHT_DEBUG=1."""
+
+
+def usage() -> str:
+    """The text of ``featherlight --help``."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, with 2 on bad input, with 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        print(import_module("featherlight").__version__)
+        sys.exit(0)
+    if command not in COMMANDS:
+        fail(f"there is no command {command!r}; commands: {', '.join(COMMANDS)}")
+    module = "lightning_run" if command in ("fit", "validate", "test") else command
+    try:
+        run: Callable[[str, list[str]], None] = import_module(f"featherlight.commands.{module}").run
+        run(command, rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if _debugging() or not any(kind.__name__ in EXPECTED for kind in type(error).__mro__):
+            raise
+        fail(str(error) or type(error).__name__)
+
+
+def fail(message: str) -> None:
+    """One line on standard error, and exit code 2."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    print(f"featherlight: error: {' '.join(lines)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _debugging() -> bool:
+    import os
+
+    return bool(os.environ.get("FEATHERLIGHT_DEBUG"))

@@ -1,0 +1,101 @@
+"""``featherlight compare``: run several configurations and set them side by side, as a table, a CSV file and a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from featherlight.commands.folders import folder_for
+from featherlight.commands.parsing import is_federated, parse
+from featherlight.commands.tables import comparison_table
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run ``featherlight compare ARGUMENTS``."""
+    parser = ArgumentParser(
+        prog="featherlight compare",
+        description="Run each configuration and compare them. Writes comparison.json, comparison.csv and comparison.png.",
+        exit_on_error=False,
+    )
+    parser.add_argument("paths", nargs="+", help="YAML files, or folders of them")
+    parser.add_argument("--out", type=str, default=None, help="folder to write to; by default runs/NAME, numbered")
+    parser.add_argument("--resume", action="store_true", help="go on with the last comparison of this name: finished runs are kept")
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        return
+    config = parse(parser, arguments)
+    files = find(config.paths)
+    name = Path(config.paths[0]).stem if len(config.paths) == 1 else "comparison"
+    out = Path(config.out) if config.out else folder_for(name, config.resume)
+    if out.exists() and any(out.iterdir()) and not config.resume:
+        raise ValueError(f"{out} is not empty; go on with it by --resume, or give another folder with --out")
+    compare(files, out, config.resume, Console())
+
+
+def find(paths: list[str]) -> list[Path]:
+    """The configuration files at ``paths``, in order of name within a folder.
+
+    Raises:
+        ValueError: nothing there, or two files of one name.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"there is no .yaml file in {path}")
+        files += found
+    for file in files:
+        is_federated(file)  # readable? say so before the first run starts, not after it
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two configurations are called {twice[0]}; runs are told apart by file name: rename one")
+    return files
+
+
+def compare(files: list[Path], out: Path, resume: bool, console: Console) -> list[dict[str, Any]]:
+    """Run ``files`` one after the other, each in a folder of its own below ``out``, and write the comparison."""
+    runs = []
+    for number, file in enumerate(files, 1):
+        console.print(f"[bold]{number}/{len(files)} {file.stem}")
+        runs.append(_one(file, out / file.stem, resume))
+    content = {"runs": runs}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.json").write_text(json.dumps(content, indent=2))
+    _write_csv(out / "comparison.csv", runs)
+    from featherlight.commands.picture import draw
+
+    draw(runs, out / "comparison.png")
+    console.print(comparison_table(runs))
+    console.print(f"written: {out / 'comparison.png'}, comparison.json, comparison.csv", highlight=False)
+    return runs
+
+
+def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
+    finished = folder / "run.json"
+    if resume and finished.exists():
+        return json.loads(finished.read_text())
+    if is_federated(file):
+        from featherlight.commands.federate import federate
+
+        result, _, _ = federate(["-c", str(file), f"--federation.folder={folder}"], resume=resume)
+        cost, metrics = result.cost.total(), result.metrics
+    else:
+        from featherlight.commands.lightning_run import fit
+
+        cost, metrics = fit(["-c", str(file)], folder, resume)
+    entry = {"name": file.stem, "config": str(file), "cost": cost, "metrics": metrics}
+    finished.write_text(json.dumps(entry, indent=2))
+    return entry
+
+
+def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
+    rows = [{"name": run["name"], "config": run["config"], **run["cost"], **run["metrics"]} for run in runs]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,68 @@
+"""``featherlight cost``: what a configuration will hold, compute and send, without training it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import Progress
+
+from featherlight.commands.parsing import Parts, federated_parser, is_federated, parse
+from featherlight.commands.tables import cost_table
+from featherlight.plugins.cost_table import HEADINGS, CostTable
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run ``featherlight cost ARGUMENTS``."""
+    parser = ArgumentParser(
+        prog="featherlight cost",
+        description="Predict what a configuration costs, per stage, without training and without the memory it describes. "
+        "Other options (such as --federation.rounds 10) override the file, as they do for federate or fit.",
+        exit_on_error=False,
+    )
+    parser.add_argument("-c", "--config", required=True, help="a YAML file, as federate or fit takes it")
+    parser.add_argument("--json", type=str, default=None, help="write rows and total to this file, too")
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        return
+    known, rest = _split(arguments)
+    config = parse(parser, known)
+    table = predict_config(config.config, rest)
+    shown = [name for name in HEADINGS if name != "seconds"]
+    Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
+    if config.json:
+        Path(config.json).write_text(json.dumps(table.to_json(), indent=2))
+
+
+def predict_config(path: str, arguments: list[str]) -> CostTable:
+    """The predicted cost table of a configuration file, federated or for a Trainer."""
+    from featherlight.fed_loop.predict import predict
+
+    if not is_federated(path):
+        from featherlight.commands.lightning_run import predict_fit
+
+        return predict_fit(["-c", path, *arguments])
+    parser = federated_parser()
+    parts = Parts(parser, parse(parser, ["-c", path, *arguments]))
+    federation = parts.federation()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=federation.rounds)
+        return predict(federation, parts.module, parts.data(), parts.plugins(), lambda done: progress.update(task, completed=done))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own options, and the rest, which belongs to the configuration."""
+    own: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name in ("-c", "--config", "--json"):
+            own.append(word)
+            if "=" not in word:
+                own += [value for value in [next(words, None)] if value is not None]
+        else:
+            rest.append(word)
+    return own, rest

@@ -1,0 +1,151 @@
+"""``featherlight fit``, ``validate`` and ``test``: LightningCLI with our callbacks, models and data under short names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+import featherlight.commands.parsing  # noqa: F401  brings our models and data under their short names
+from featherlight.callbacks import CostMonitor
+from featherlight.callbacks.host import PluginCallback
+from featherlight.commands.folders import folder_for
+from featherlight.commands.tables import metrics_line
+from featherlight.plugins.cost_table import CostTable
+from featherlight.ssl_models.probes import Probe
+
+
+class CLI(LightningCLI):
+    """Adds probes after training, a checkpoint at every epoch's end, and a CostMonitor where none is configured."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged after training")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**options)
+        if not any(isinstance(callback, CostMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(CostMonitor())  # type: ignore[attr-defined]
+        return trainer
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run ``featherlight fit|validate|test ARGUMENTS``."""
+    resume = "--resume" in arguments
+    arguments = [argument for argument in arguments if argument != "--resume"]
+    if "-h" in arguments or "--help" in arguments or "--print_config" in arguments:
+        _make(command, arguments, run=True)
+        return
+    if command == "fit":
+        _, metrics = fit(arguments, None, resume)
+        if metrics:
+            Console().print(metrics_line(metrics))
+    else:
+        _make(command, arguments, run=True)
+
+
+def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Train as configured, then probe.
+
+    Args:
+        folder: where to write; by default runs/NAME, numbered.
+        resume: go on from the last checkpoint in that folder, if there is one.
+
+    Returns:
+        The cost's total, and the probes' figures.
+    """
+    if folder is None:
+        folder = folder_for(_name(arguments), resume)
+    checkpoints = folder / "checkpoints"
+    placed = [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={checkpoints}"]
+    cli = _make("fit", [*arguments, *placed], run=False)
+    probes = cli._get(cli.config_init, "probes") if hasattr(cli, "config_init") else []
+    last = checkpoints / "last.ckpt"
+    start = str(last) if resume and last.exists() else None
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
+    metrics: dict[str, float] = {}
+    if cli.trainer.is_global_zero:
+        for probe in probes:
+            metrics |= probe(cli.model, cli.datamodule)
+        (folder / "cost.json").write_text(json.dumps(monitor.table.to_json(), indent=2))
+        (folder / "result.json").write_text(json.dumps({"metrics": metrics}, indent=2))
+    return monitor.table.total(), metrics
+
+
+def predict_fit(arguments: list[str]) -> CostTable:
+    """The cost of a Trainer run, predicted: as one client that holds all data, whose rounds are epochs and whose wire is not counted."""
+    from featherlight.fed_loop import Federation
+    from featherlight.fed_loop.predict import predict
+
+    cli = _make("fit", arguments, run=False, build=False)
+    config = cli.config
+    rounds = config.trainer.max_epochs
+    if not rounds or rounds < 1:
+        raise ValueError(f"trainer.max_epochs={rounds}: to predict a run's cost, say how many epochs it has")
+    callbacks = cli.parser.instantiate_classes(_only(cli, "trainer")).trainer.get("callbacks") or []
+    plugins = [callback.plugin for callback in callbacks if isinstance(callback, PluginCallback)]
+    data = _build(cli, "data")
+    data.prepare_data()
+    data.setup("fit")
+    table = predict(Federation(rounds=rounds, seed=0), lambda: _build(cli, "model"), data, plugins)
+    return _without_wire(table)
+
+
+def _without_wire(table: CostTable) -> CostTable:
+    state = table.state_dict()
+    for stage in state.values():
+        stage["sums"] |= {"bytes_down": 0, "bytes_up": 0}
+    local = CostTable()
+    local.load_state_dict(state)
+    return local
+
+
+def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> Any:
+    class Unbuilt(CLI):
+        def instantiate_classes(self) -> None:
+            """Parsed only: whoever asked builds what it needs, where it needs it."""
+
+    try:
+        return (CLI if build else Unbuilt)(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "prog": f"featherlight {command}"},
+            args=[command, *arguments] if run else arguments,
+            run=run,
+        )
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _only(cli: Any, name: str) -> Any:
+    from jsonargparse import Namespace
+
+    return Namespace(**{name: cli.config[name]})
+
+
+def _build(cli: Any, name: str) -> Any:
+    return cli.parser.instantiate_classes(_only(cli, name))[name]
+
+
+def _name(arguments: list[str]) -> str:
+    for place, word in enumerate(arguments[:-1]):
+        if word in ("-c", "--config"):
+            return Path(arguments[place + 1]).stem
+    return "fit"
+
+
+__all__ = ["fit", "predict_fit", "run"]

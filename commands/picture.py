@@ -1,0 +1,46 @@
+"""The comparison as a picture: how good the features are against what a client held, computed and sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+AXES = (
+    ("peak memory of a step", "MiB", lambda cost: cost["peak_bytes"] / 2**20),
+    ("kept for backward", "MiB", lambda cost: cost["saved_bytes"] / 2**20),
+    ("computed over the run", "GFLOPs", lambda cost: (cost["flops_forward"] + cost["flops_backward"]) / 1e9),
+    ("sent and received over the run", "MiB", lambda cost: (cost["bytes_down"] + cost["bytes_up"]) / 2**20),
+)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """One panel a cost, a line of panels a metric, a point a run.
+
+    Args:
+        runs: as in ``comparison.json``.
+        path: PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = list(dict.fromkeys(name for run in runs for name in run["metrics"])) or [""]
+    figure, panels = pyplot.subplots(
+        len(metrics), len(AXES), figsize=(4 * len(AXES), 3.4 * len(metrics) + 0.6), squeeze=False, sharey="row", layout="constrained"
+    )
+    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for line, metric in zip(panels, metrics):
+        for panel, (title, unit, figure_of) in zip(line, AXES):
+            for number, run in enumerate(runs):
+                score = 100 * run["metrics"].get(metric, float("nan"))
+                panel.scatter(figure_of(run["cost"]), score, s=70, color=colours[number % len(colours)], label=run["name"], zorder=3)
+            panel.set_xlabel(f"{title} ({unit})")
+            panel.set_xlim(left=0)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel(f"{metric} accuracy (%)" if metric else "")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(runs), 5), frameon=False)
+    figure.suptitle("what one client paid, and what the features are worth", y=1.06 if len(metrics) == 1 else 1.03)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
