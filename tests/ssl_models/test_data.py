@@ -291,18 +291,29 @@ def test_image_size_cuts_and_resizes(pictures: Path) -> None:
     assert next(iter(ImageData(image_size=16).probe_data()[0]))[0].shape == (512, 1, 16, 16)
 
 
-@pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_and_left_out_only_on_request(
-    pictures: Path, caplog: pytest.LogCaptureFixture, in_memory_bytes: int, workers: int
-) -> None:
+@pytest.fixture
+def damaged(pictures: Path) -> Path:
     (pictures / "train" / "ant" / "2.png").write_bytes(b"not a picture")
     cut = pictures / "train" / "bee" / "3.png"
     cut.write_bytes(cut.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"cannot read image .*(ant/2|bee/3)\.png") as caught:
-        made(folder(pictures, in_memory_bytes=in_memory_bytes, num_workers=workers), [Visit(0)])
+    return pictures
+
+
+READING = pytest.mark.parametrize(("in_memory_bytes", "num_workers"), [(0, 0), (2**30, 0), (0, 1)])
+
+
+@READING
+def test_an_unreadable_image_is_named(damaged: Path, in_memory_bytes: int, num_workers: int) -> None:
+    with pytest.raises(ValueError, match=r"cannot read image .*(ant/2|bee/3)\.png \(.*\); repair or remove it") as caught:
+        made(folder(damaged, in_memory_bytes=in_memory_bytes, num_workers=num_workers), [Visit(0)])
     assert "\n" not in str(caught.value)
-    data = folder(pictures, in_memory_bytes=in_memory_bytes, num_workers=workers, skip_unreadable=True)
+
+
+@READING
+def test_unreadable_images_are_left_out_on_request(
+    damaged: Path, caplog: pytest.LogCaptureFixture, in_memory_bytes: int, num_workers: int
+) -> None:
+    data = folder(damaged, in_memory_bytes=in_memory_bytes, num_workers=num_workers, skip_unreadable=True)
     assert sum(len(y) for _, (_, y) in made(data, [Visit(0)])) == 10
     assert data.client_sizes() == [10]
     assert levels(data, data.probe_data()[0]) == {0: [10, 11, 13, 14, 15], 1: [110, 111, 112, 114, 115]}
