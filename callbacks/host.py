@@ -164,12 +164,11 @@ def stage_of(trainer: pl.Trainer, epoch: int) -> int:
 
 def common_seed(trainer: pl.Trainer) -> int:
     """The seed of all plugins' draws: what a callback says, else what ``seed_everything`` set, else 0."""
-    given = {callback.seed for callback in _members(trainer)} - {None}
+    given = {callback.seed for callback in _members(trainer) if callback.seed is not None}
     if len(given) > 1:
-        raise MisconfigurationException(
-            f"the callbacks have the seeds {sorted(map(str, given))}, but one run has one: give it to one of them"
-        )
-    return next((seed for seed in given if seed is not None), int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        named = ", ".join(map(str, sorted(given)))
+        raise MisconfigurationException(f"the callbacks have the seeds {named}, but a run has one: give it to one of them")
+    return given.pop() if given else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _members(trainer: pl.Trainer) -> list[PluginCallback]:

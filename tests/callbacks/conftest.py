@@ -49,7 +49,7 @@ class Toy(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.optimizer = optimizer
-        self.encoder = encoder or Encoder(blocks)
+        self.encoder = encoder() if encoder else Encoder(blocks)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4, 3)
 
