@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from featherlight.callbacks import parallel, saved
@@ -102,6 +103,8 @@ class PluginCallback(pl.Callback):
         # an epoch that was begun before must not begin again: a stage's first step makes its weights
         step = max(1, done.processed) if self._reached == period else 0  # type: ignore[attr-defined]
         change = self._chain.advance(Clock(period, step))
+        if change:
+            torch.compiler.reset()  # a stage compiles anew; the compiler keeps 8 versions of a function and then goes on in eager mode
         optimizer_state.release(trainer.optimizers, change)
         optimizer_state.check_covered(pl_module, trainer.optimizers)
         self._chain.visit(Visit(period, 0, common_seed(trainer)))

@@ -26,20 +26,30 @@ class Widening(nn.Module):
         return self.blocks(self.stem(x)).mean(dim=(2, 3))
 
 
-def calls(model):
-    return [block.calls for block in model.encoder.blocks]
+def count_calls(model):
+    """How often each block really computes: a block that is left out hands its input on without asking its convolution."""
+    calls = [0] * len(model.encoder.blocks)
+    for index, block in enumerate(model.encoder.blocks):
+
+        def count(*_, index=index):
+            calls[index] += 1
+
+        block.conv.register_forward_hook(count)
+    return calls
 
 
 def test_evaluation_runs_all_blocks_that_are_there(toy, loader, make_trainer):
     """Four validation batches in all (one at the start, one after each step) see what the three training batches do not."""
     model = toy()
+    calls = count_calls(model)
     dropping = DepthDropout(**BLOCKS, rate=0.99)
     make_trainer(dropping, max_epochs=1, val_check_interval=1, limit_val_batches=1, num_sanity_val_steps=1).fit(model, loader, loader)
-    assert calls(model) == [4, 4, 7]
+    assert calls == [4, 4, 7]
     model = toy()
+    calls = count_calls(model)
     growing = LayerFreezing(**BLOCKS, periods_per_stage=1)
     make_trainer(growing, max_epochs=2, limit_val_batches=1, num_sanity_val_steps=1).fit(model, loader, loader)
-    assert calls(model) == [1 + 4 + 4, 4, 0]
+    assert calls == [1 + 4 + 4, 4, 0]
 
 
 @pytest.mark.parametrize("built_in", ["setup", "configure_model"])
@@ -234,5 +244,6 @@ def test_sharding_strategies_are_refused(toy, loader, make_trainer, monkeypatch)
 
 def test_an_evaluated_module_without_a_checkpoint_is_left_as_it_is(toy, loader, make_trainer):
     model = toy()
+    calls = count_calls(model)
     make_trainer(LayerFreezing(**BLOCKS)).test(model, loader, verbose=False)
-    assert calls(model) == [3, 3, 3]
+    assert calls == [3, 3, 3]
