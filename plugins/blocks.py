@@ -114,10 +114,12 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "auto", stem: Se
     everything = [path for path, _ in model.named_modules() if path]
     paths: list[str] = []
     for pattern in patterns:
-        found = [path for path in everything if _matches(path, pattern) and path not in paths]
+        found = [path for path in everything if _matches(path, pattern)]
         if not found:
             raise ValueError(_nothing_at(model, pattern))
-        paths += found
+        if set(found) <= set(paths):
+            raise ValueError(f'block "{pattern}" is named twice; name each block once: {", ".join(paths)}')
+        paths += [path for path in found if path not in paths]
     for path in paths:
         if any(path.startswith(f"{other}.") for other in paths):
             raise ValueError(f'block "{path}" lies inside another block; blocks must stand one after the other: {", ".join(paths)}')
@@ -165,8 +167,10 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _existing(model: nn.Module, stem: Iterable[str]) -> list[str]:
+    members = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    members |= {path for path, _ in model.named_parameters(remove_duplicate=False)}
     for path in stem:
-        if not _has(model, path):
+        if path not in members:
             raise ValueError(_nothing_at(model, path).replace("block", "stem", 1))
     return list(stem)
 
@@ -174,8 +178,8 @@ def _existing(model: nn.Module, stem: Iterable[str]) -> list[str]:
 def _stem_before(model: nn.Module, first: str) -> list[str]:
     """What every ancestor registers before the way to the first block, from the top-level child (or the first real module) down.
 
-    The root itself is looked at only where nothing but containers lies between it and the blocks: a LightningModule's
-    own first members need not come before its backbone.
+    The root itself is looked at only where nothing but containers lies between it and the blocks, and those have no stem of
+    their own: a LightningModule's own first members need not come before its backbone.
     """
     names = first.split(".")
     stem: list[str] = []
@@ -183,7 +187,7 @@ def _stem_before(model: nn.Module, first: str) -> list[str]:
     for depth in range(len(names) - 1, -1, -1):
         path = ".".join(names[:depth])
         level = model.get_submodule(path)
-        if depth == 0 and not only_containers:
+        if depth == 0 and (stem or not only_containers):
             break
         prefix = f"{path}." if path else ""
         own = [prefix + name for name, _ in level.named_parameters(recurse=False)]
