@@ -25,7 +25,10 @@ class PluginCallback(pl.Callback):
 
     A period is an epoch, a step is a batch (a micro-batch under gradient accumulation), and the epoch is one visit of client 0.
     The plugin is attached after ``configure_model`` and before ``configure_optimizers``, so that optimizers see every parameter, and
-    detached when training ends, by success or by exception.
+    detached when training ends, by success or by exception: the module has its whole depth again then, blocks included that training
+    did not reach. A plugin's ``after_backward`` comes before each optimizer step, when accumulated gradients are complete and unscaled.
+    A checkpoint is evaluated (``trainer.test(ckpt_path=…)``) at the stage in which it was written; its ``state_dict`` has the module's own
+    keys and no others.
 
     Args:
         plugin: the method.
@@ -57,14 +60,14 @@ class PluginCallback(pl.Callback):
         common_seed(trainer)
 
         def attach() -> None:
+            own = set(pl_module.state_dict())
             chain.attach(pl_module)
             self._chain = chain
-            self._undo.append(self._brought.follow(pl_module, before))
+            self._undo.append(self._brought.follow(pl_module, own))
             if stage == "fit" and any(overrides(plugin, "extra_loss") for plugin in chain.plugins):
                 self._undo.append(_add_to_loss(pl_module, chain))
 
-        before = set(pl_module.state_dict())
-        _after_configure_model(pl_module, attach)
+        self._undo.append(_after_configure_model(pl_module, attach))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._detach(pl_module)
@@ -76,14 +79,13 @@ class PluginCallback(pl.Callback):
         self._detach(pl_module)
 
     def _detach(self, pl_module: pl.LightningModule) -> None:
-        if self._chain is None:
-            return
         self._end_step()
-        for undo in reversed(self._undo):
-            undo()
-        parallel.forget(pl_module)
-        self._chain.detach()
-        self._chain, self._undo = None, []
+        while self._undo:
+            self._undo.pop()()
+        if self._chain is not None:
+            parallel.forget(pl_module)
+            self._chain.detach()
+        self._chain = None
 
     # -- periods --------------------------------------------------------------------------------------------------
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -178,16 +180,23 @@ def _members(trainer: pl.Trainer) -> list[PluginCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, PluginCallback)]  # type: ignore[attr-defined]
 
 
-def _after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None]) -> None:
-    """Call ``act`` when ``configure_model`` has run: all layers are there then, and neither weights nor optimizers have been loaded."""
+def _after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None]) -> Callable[[], None]:
+    """Call ``act`` when ``configure_model`` has run: all layers are there then, and neither weights nor optimizers have been loaded.
+
+    Returns the way back, for a run that does not get there.
+    """
     configure = pl_module.configure_model
 
     def configure_model() -> None:
-        del pl_module.configure_model
+        undo()
         configure()
         act()
 
+    def undo() -> None:
+        vars(pl_module).pop("configure_model", None)
+
     pl_module.configure_model = configure_model  # type: ignore[method-assign]
+    return undo
 
 
 def _add_to_loss(pl_module: pl.LightningModule, chain: Chain) -> Callable[[], None]:

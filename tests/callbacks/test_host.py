@@ -53,7 +53,7 @@ def test_evaluation_runs_all_blocks_that_are_there(toy, loader, make_trainer):
 
 
 @pytest.mark.parametrize("built_in", ["setup", "configure_model"])
-def test_layers_made_late(built_in, toy, loader, make_trainer, same_state):
+def test_layers_made_late(built_in, toy, loader, make_trainer, same_state, tmp_path):
     class Late(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -62,14 +62,20 @@ def test_layers_made_late(built_in, toy, loader, make_trainer, same_state):
         training_step, forward, configure_optimizers = toy.training_step, toy.forward, toy.configure_optimizers
 
     def build(self, *_, **__):
+        if self.encoder is not None:
+            return
         own = toy()
         self.encoder, self.head, self.dropout, self.optimizer = own.encoder, own.head, own.dropout, own.optimizer
 
     setattr(Late, built_in, build)
-    late, usual = Late(), toy()
-    for model in (late, usual):
-        make_trainer(LayerFreezing(**BLOCKS, periods_per_stage=1)).fit(model, loader)
-    same_state(late.state_dict(), usual.state_dict())
+    late, resumed, usual = Late(), Late(), toy()
+    trainer = make_trainer(LayerFreezing(**BLOCKS), max_epochs=2)
+    trainer.fit(late, loader)
+    trainer.save_checkpoint(tmp_path / "late.ckpt")
+    make_trainer(LayerFreezing(**BLOCKS)).fit(resumed, loader, ckpt_path=tmp_path / "late.ckpt")
+    make_trainer(LayerFreezing(**BLOCKS)).fit(usual, loader)
+    same_state(resumed.state_dict(), usual.state_dict())
+    assert torch.load(tmp_path / "late.ckpt", weights_only=True)["state_dict"].keys() == usual.state_dict().keys()
 
 
 def test_a_checkpoint_is_evaluated_at_its_own_stage_and_has_the_module_s_keys(toy, loader, make_trainer, tmp_path):
@@ -195,6 +201,22 @@ def test_an_exception_leaves_an_ordinary_module(toy, loader, make_trainer):
     assert {type(block) for block in model.encoder.blocks} == {nn.Conv2d}
     assert model.state_dict().keys() == toy(encoder=Widening).state_dict().keys()
     assert not {"training_step", "configure_model"} & vars(model).keys()
+
+
+def test_a_run_that_fails_before_it_begins_can_be_started_again(toy, loader, make_trainer, same_state):
+    class Fails(pl.Callback):
+        def setup(self, *_, **__):
+            raise ArithmeticError
+
+    model, usual = toy(), toy()
+    with pytest.raises(ArithmeticError):
+        make_trainer(LayerFreezing(**BLOCKS), Fails()).fit(model, loader)
+    with pytest.raises(ValueError, match="blocks_per_stage=4"):
+        make_trainer(LayerFreezing(**BLOCKS, blocks_per_stage=4)).fit(model, loader)
+    for each in (model, usual):
+        make_trainer(LayerFreezing(**BLOCKS)).fit(each, loader)
+    same_state(model.state_dict(), usual.state_dict())
+    assert {type(block).__name__ for block in model.encoder.blocks} == {"Residual"}
 
 
 def test_manual_optimization_cannot_be_added_to(toy, loader, make_trainer):
