@@ -59,14 +59,15 @@ class Mean:
         self._check(update)
         for name, entry in update.items():
             value, own = entry if isinstance(entry, tuple) else (entry, None)
-            share = weight if own is None else own.double().flatten() * weight
-            scaled = value.double().flatten() * share * COARSE
+            # rounded before it multiplies the value: a sum divided by its weights is then a mean, however small they are
+            units = torch.as_tensor(weight if own is None else own.double().flatten() * weight, dtype=torch.float64) * COARSE
+            units = units.round().to(self._sums.device)
+            scaled = value.double().flatten() * units
             coarse = scaled.round()
             where = self._at[name]
             self._sums[0, where] += coarse.long()
             self._sums[1, where] += ((scaled - coarse) * FINE).round_().long()
-            units = torch.as_tensor(share, dtype=torch.float64) * COARSE
-            self._weights[self._weight_at[name]] += units.round().long().to(self._weights.device)
+            self._weights[self._weight_at[name]] += units.long()
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up over processes."""
@@ -93,9 +94,18 @@ class Mean:
                 raise ValueError(f'entry "{name}" is not among the {len(self._shapes)} that train in this round')
             if value.shape != self._shapes[name]:
                 raise ValueError(f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(self._shapes[name])}')
-            largest = value.abs().max() if value.numel() else torch.zeros(())
-            if not bool(largest < BOUND):  # false for NaN too
-                raise ValueError(f'entry "{name}" is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})')
+            if isinstance(entry, tuple):
+                own = entry[1]
+                if own.shape != value.shape or not bool((own >= 0).all()):  # false for NaN too
+                    raise ValueError(f'entry "{name}" needs a weight of 0 or more for each element of shape {tuple(value.shape)}')
+                self._check_magnitude(f'the weight of entry "{name}"', own)
+                self._check_magnitude(f'entry "{name}" times its weight', value.double() * own)
+            self._check_magnitude(f'entry "{name}"', value)
+
+    def _check_magnitude(self, what: str, value: Tensor) -> None:
+        largest = value.double().abs().max() if value.numel() else torch.zeros(())
+        if not bool(largest < BOUND):  # false for NaN too
+            raise ValueError(f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
 
 
 def _slices(sizes: list[int]) -> list[slice]:
