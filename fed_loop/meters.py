@@ -1,7 +1,7 @@
-"""Which steps are metered, and what a turn costs by them: two steps for each structure of the model, not every step.
+"""Which steps are metered, and what a turn costs by them: a turn's first two steps, once for all turns that begin alike.
 
-Turns whose models have the same structure cost the same per sample. The first two steps are metered (the second finds optimizer
-state in place, the first may have the larger batch), again only if a later turn brings a larger batch.
+The second step finds optimizer state in place. Turns begin alike where their models have one structure and their first two batches the
+same sizes: what a turn costs is then the same whoever trained before it, in this process or before an interruption.
 """
 
 from __future__ import annotations
@@ -14,39 +14,38 @@ from featherlight.plugins.step_cost import StepCost
 
 
 class Meters:
-    """Step costs by structure."""
+    """Step costs by structure and sizes of batches. Each turn asks :meth:`wants` at its first two steps, from step 0 on."""
 
     def __init__(self) -> None:
         self._costs: dict[Hashable, StepCost] = {}
-        self._samples: dict[Hashable, int] = {}
-        self._following: Hashable = None
+        self._keys: list[Hashable] = []  # of the turn under way, a key for each of its first two steps
+        self._first_samples = 1
 
     def wants(self, structure: Hashable, step: int, samples: int) -> bool:
-        """Whether this step is to be metered: the first of a larger batch than any so far, and the one after it."""
+        """Whether this step is to be metered: no turn that began alike has been."""
+        if step > 1:
+            return False
         if step == 0:
-            self._following = structure if samples > self._samples.get(structure, 0) else None
-        return step <= 1 and self._following == structure
-
-    def note(self, structure: Hashable, step: int, samples: int, cost: StepCost) -> None:
-        """Keep a metered step: peaks are the larger of the two, FLOPs those of the first."""
-        if step == 0:
-            self._costs[structure], self._samples[structure] = cost, samples
+            self._keys, self._first_samples = [(structure, samples)], samples
         else:
-            first = self._costs[structure]
-            peaks = {name: max(getattr(first, name), getattr(cost, name)) for name in ("saved_bytes", "peak_bytes")}
-            self._costs[structure] = first._replace(**peaks)
+            self._keys.append((*self._keys[:1], samples))
+        return self._keys[-1] not in self._costs
+
+    def note(self, cost: StepCost) -> None:
+        """Keep the cost of the step last asked about."""
+        self._costs[self._keys[-1]] = cost
 
     def turn_cost(self, plan: Plan, samples: int, bytes_down: int, bytes_up: int, seconds: float = 0.0) -> TurnCost:
-        """A turn over ``samples``: FLOPs in proportion to them, peaks those of a step."""
-        cost = self._costs.get(plan.structure, StepCost(0, 0, 0, 0))
-        share = samples / self._samples.get(plan.structure, 1)
+        """The turn under way, over ``samples``: peaks are the larger of its two steps', FLOPs those of the first, in proportion."""
+        steps = [self._costs[key] for key in self._keys]
+        share = samples / self._first_samples
         return TurnCost(
             plan.params_held,
             plan.params_trained,
-            cost.saved_bytes,
-            cost.peak_bytes,
-            cost.flops_forward * share,
-            cost.flops_backward * share,
+            max(step.saved_bytes for step in steps),
+            max(step.peak_bytes for step in steps),
+            steps[0].flops_forward * share,
+            steps[0].flops_backward * share,
             bytes_down,
             bytes_up,
             seconds,

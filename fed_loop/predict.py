@@ -39,6 +39,9 @@ def predict(
             batch of n samples, as ``training_step`` takes it.
         progress: told the number of each round done.
     """
+    data.example_batch(
+        max(size for client in range(data.num_clients) for size in data.batch_sizes(client, 1))
+    )  # read files here, not as fakes
     try:
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
             module = make_module()
@@ -89,9 +92,10 @@ class _Prediction:
     def _turn(self, plan: Plan, visit: Visit) -> None:
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
         clear([self.optimizer])
+        self.module.zero_grad()
         for step, samples in enumerate(sizes[:2]):
             if self.meters.wants(plan.structure, step, samples):
-                self.meters.note(plan.structure, step, samples, self._step(Clock(visit.round, step), samples))
+                self.meters.note(self._step(Clock(visit.round, step), samples))
         names = self.ledger.to_send(visit.client, plan.received)
         up = dict(plan.sent)
         if self.chain.encodes:

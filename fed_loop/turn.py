@@ -124,6 +124,7 @@ class Clients:
         """All local steps of one turn; returns the number of samples."""
         torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))  # the model's own dropout has no other source
         clear([self._raw])
+        self.module.zero_grad()  # the client before left them
         losses = torch.zeros((), device=self._fabric.device)
         samples = 0
         for step, raw in enumerate(batches):
@@ -134,7 +135,7 @@ class Clients:
             if self.meters.wants(plan.structure, step, size):
                 with StepMeter(self.module, [self._raw], batch) as meter:
                     loss = self._step(batch, clock, meter)
-                self.meters.note(plan.structure, step, size, meter.cost)
+                self.meters.note(meter.cost)
             else:
                 loss = self._step(batch, clock)
             losses += loss
