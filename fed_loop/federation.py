@@ -77,9 +77,17 @@ class Federation:
         precision: str | int | None = None,
         progress: bool = True,
     ) -> None:
-        for name, value, least in (("rounds", rounds, 1), ("local_epochs", local_epochs, 1), ("checkpoint_every", checkpoint_every, 0)):
-            if value < least:
+        for name, value, least in (
+            ("rounds", rounds, 1),
+            ("cohort", cohort, 1),
+            ("local_epochs", local_epochs, 1),
+            ("evaluate_every", evaluate_every, 0),
+            ("checkpoint_every", checkpoint_every, 0),
+        ):
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value}: give {least} or more")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip={clip}: give a largest norm above 0, or leave it out")
         if cohort is not None and cohort > MOST_CLIENTS:
             raise ValueError(f"cohort={cohort}: exact sums hold up to {MOST_CLIENTS} clients a round")
         self.rounds = rounds
@@ -122,6 +130,7 @@ class Federation:
         run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers))
         self.is_first = run.processes.rank == 0  # who tells, where several processes share the run
         try:
+            run.begin()
             return run.go(resume)
         finally:
             run.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 class ClientOptimizer:
@@ -35,6 +36,10 @@ class ClientOptimizer:
                 raise ValueError(
                     f"the scheduler {type(config['scheduler']).__name__} steps every {config['interval']}; in a federation the learning "
                     "rate follows rounds: use interval='epoch'"
+                )
+            if isinstance(config["scheduler"], ReduceLROnPlateau):
+                raise ValueError(
+                    "ReduceLROnPlateau follows a metric; in a federation the learning rate follows rounds: use another scheduler"
                 )
             self._schedulers.append((config["scheduler"], int(config.get("frequency", 1))))
         self._round = 0

@@ -34,6 +34,17 @@ def shareable(model: nn.Module, targets: dict[str, str]) -> dict[str, Tensor]:
     return {name: value for name, value in held(model).items() if not name.startswith(skip)}
 
 
+def may_travel(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``live`` that some client may change in the round that has begun, whatever of the model each of them leaves out."""
+    learning = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if module.training
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    return {name: value for name, value in live.items() if name in learning or (isinstance(value, nn.Parameter) and value.requires_grad)}
+
+
 def make_plan(model: nn.Module, chain: Chain, targets: dict[str, str], visit: Visit) -> Plan:
     """Begin ``visit`` on ``model`` and read off what it takes."""
     clock = Clock(visit.round, 0)

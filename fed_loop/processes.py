@@ -7,6 +7,7 @@ different sizes take different numbers of steps, and gradients of different clie
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ class Processes:
     def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over processes."""
         return value if self.size == 1 else self._outer.all_reduce(value, reduce_op="sum")  # type: ignore[return-value]
+
+    def from_first(self, values: Iterable[Tensor]) -> None:
+        """Make ``values`` the first process's, in place, bit for bit."""
+        if self.size > 1:
+            for value in values:
+                torch.distributed.broadcast(value, src=0)
 
     def barrier(self) -> None:
         self._outer.barrier()

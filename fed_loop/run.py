@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from featherlight.fed_loop import checkpoint
@@ -17,14 +18,13 @@ from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.optimizers import ClientOptimizer
-from featherlight.fed_loop.plan import shareable
+from featherlight.fed_loop.plan import may_travel, shareable
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.turn import Clients, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.optimizer_state import release
-from featherlight.plugins.present import trained
 from featherlight.plugins.targets import follow
 
 if TYPE_CHECKING:
@@ -43,15 +43,23 @@ class Run:
         self.report = report
         self.targets = find_targets(module)
         chain.attach(module)
+
+    def begin(self) -> None:
+        """Set the model up; from here on :meth:`close` leaves it an ordinary module."""
+        settings, module, data = self.settings, self.module, self.data
         self.optimizer = ClientOptimizer(module)
         self.clients = Clients(
-            self.processes.fabric, module, self.optimizer, chain, self.targets, data, settings.local_epochs, settings.clip
+            self.processes.fabric, module, self.optimizer, self.chain, self.targets, data, settings.local_epochs, settings.clip
         )
         self.live = shareable(module, self.targets)
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
+        self.processes.from_first(self.server.values())
         self.ledger = Ledger(settings.resend)
         self.result = Result()
         self.sizes = data.client_sizes()
+        for client, samples in enumerate(self.sizes):
+            if data.steps_per_visit(client, settings.local_epochs) < 1:
+                raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
 
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:
@@ -71,6 +79,8 @@ class Run:
 
     def close(self) -> None:
         self.chain.detach()
+        if isinstance(self.module, LightningModule):  # what Fabric's setup left: a Trainer would log to it
+            self.module._fabric, self.module._fabric_optimizers = None, []
 
     def _round(self, round: int) -> None:
         started = time.perf_counter()
@@ -110,10 +120,7 @@ class Run:
 
     def _travels(self, visit: Visit) -> Message:
         """Entries as they reach the server in this round, for their names and shapes."""
-        self.module.train()
-        self.chain.before_forward(Clock(visit.round, 0))
-        like: Message = {name: value.detach() for name, value in trained(self.module, tuple(self.targets)).items()}
-        self.chain.after_step(Clock(visit.round, 0))
+        like: Message = {name: value.detach() for name, value in may_travel(self.module, self.live).items()}
         if not self.chain.encodes:
             return like
         zeros = {name: torch.zeros_like(value) for name, value in like.items()}
@@ -138,7 +145,9 @@ class Run:
             total = {name: self.server[name].double() + change for name, change in self.chain.lift(total, clock).items()}
         for name, value in total.items():
             old = self.server[name]
-            new = self.settings.server.step(name, old.double(), value)
+            new = value  # of statistics and counts, which momentum would carry past what was measured (a variance below 0)
+            if isinstance(self.live[name], nn.Parameter):
+                new = self.settings.server.step(name, old.double(), value)
             if name in held_by_some:
                 new = new.where(held_by_some[name], old.double())
             old.copy_(new if old.is_floating_point() else new.round())
@@ -194,22 +203,20 @@ class Run:
     def _evaluate_clients(self) -> dict[str, float]:
         """The global model on every client's held-out part: mean over clients, weighted by samples."""
         self.module.eval()
-        sums: dict[str, float] = {}
-        samples = 0.0
+        rows: list[Any] = []
         mine = range(self.processes.rank, self.data.num_clients, self.processes.size)
         with torch.no_grad():
             for client in mine:
                 for raw in self.data.client_val_batches(client):
                     batch = self.data.on_after_batch_transfer(self.processes.fabric.to_device(raw), 0)
-                    figures = self.module.validation_step(batch, 0) or {}  # type: ignore[operator]
-                    size = len(batch[-1])
-                    samples += size
-                    for name, value in figures.items():
-                        sums[name] = sums.get(name, 0.0) + float(value) * size
-        shares = self.processes.gather([sums, samples])
-        total = sum(share[1] for share in shares)
-        names = sorted({name for share in shares for name in share[0]})
-        return {f"client_{name}": sum(share[0].get(name, 0.0) for share in shares) / total for name in names} if total else {}
+                    out = self.module.validation_step(batch, 0)  # type: ignore[operator]
+                    figures = {"loss": out} if isinstance(out, torch.Tensor) else out or {}
+                    rows.append([client, len(batch[-1]), {name: float(value) for name, value in figures.items()}])
+        rows = [row for share in self.processes.gather(rows) for row in share]
+        rows.sort(key=itemgetter(0))  # floats add up the same in the same order, whoever made them
+        total = sum(size for _, size, _ in rows)
+        names = sorted({name for *_, figures in rows for name in figures})
+        return {f"client_{name}": sum(figures.get(name, 0.0) * size for _, size, figures in rows) / total for name in names}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
     def _fingerprint(self) -> dict[str, str]:
@@ -250,7 +257,8 @@ class Run:
         self.result.cost.load_state_dict(state["cost"])
         self.result.history, self.result.metrics = state["history"], state["metrics"]
         self.result.rounds = state["round"]
-        self.report.resumed(path, self.result)
+        if self.processes.rank == 0:
+            self.report.resumed(path, self.result)
         return int(state["round"])
 
     def _save(self, round: int, interrupted: bool = False) -> None:
@@ -259,7 +267,10 @@ class Run:
         if settings.folder is None or not settings.checkpoint_every or self.processes.rank != 0:
             return
         due = round % settings.checkpoint_every == 0 or round == settings.rounds
-        if not (due or interrupted) or checkpoint.path_of(settings.folder, round).exists():
+        if not (due or interrupted):
+            return
+        if (path := checkpoint.path_of(settings.folder, round)).exists():
+            self.report.saved(path, interrupted)
             return
         state = {
             "round": round,
