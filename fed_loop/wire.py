@@ -12,14 +12,14 @@ from torch import Tensor
 
 from featherlight.plugins.base import Message
 
-# The format's names of dtypes, in the order in which its writer lays tensors out: widest alignment first, then by name.
+# The format's names of dtypes, in the order in which its writer lays tensors out, then by name.
 _DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
+    torch.float32: "F32",
     torch.uint32: "U32",
     torch.int32: "I32",
-    torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint16: "U16",
