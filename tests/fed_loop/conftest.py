@@ -1,0 +1,183 @@
+"""Small models, data and plugins that the tests of the federated loop share."""
+
+import copy
+import logging
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from featherlight.fed_loop import Federation
+from featherlight.ssl_models import ImageData, MoCoV3, SimCLR
+
+warnings.filterwarnings("ignore", module="lightning")
+logging.getLogger("lightning").setLevel(logging.ERROR)
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        return x + torch.relu(self.norm(self.linear(x)))
+
+
+class Net(pl.LightningModule):
+    """Stem, residual blocks with batch norm, dropout, head; inputs (N, 6), three classes."""
+
+    def __init__(self, optimizer=None, blocks=3, dropout=0.0, seed=0):
+        super().__init__()
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9))
+        self.stem = nn.Linear(6, 8)
+        self.blocks = nn.Sequential(*[Residual(8) for _ in range(blocks)])
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.dropout(self.blocks(self.stem(x))))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        right = (logits.argmax(1) == batch[1]).float().mean()
+        return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": right}
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+class Points:
+    """Clients with the numbers of points given; batches in a fixed order, the last one not full."""
+
+    def __init__(self, sizes, batch_size=4, held_out=0):
+        random = torch.Generator().manual_seed(1)
+        self.sizes, self.batch_size = list(sizes), batch_size
+        self.clients = [(torch.randn(size, 6, generator=random), torch.randint(0, 3, (size,), generator=random)) for size in self.sizes]
+        self.held_out = [
+            (torch.randn(held_out + client, 6, generator=random), torch.randint(0, 3, (held_out + client,), generator=random))
+            for client in range(len(self.sizes) if held_out else 0)
+        ]
+
+    @property
+    def num_clients(self):
+        return len(self.sizes)
+
+    def client_sizes(self):
+        return self.sizes
+
+    def batches(self, client):
+        x, y = self.clients[client]
+        return list(zip(x.split(self.batch_size), y.split(self.batch_size))) if len(x) else []
+
+    def steps_per_visit(self, client, epochs):
+        return len(self.batches(client)) * epochs
+
+    def batch_sizes(self, client, epochs):
+        return [len(x) for x, _ in self.batches(client)] * epochs
+
+    def example_batch(self, size):
+        return torch.randn(size, 6), torch.zeros(size, dtype=torch.long)
+
+    def client_batches(self, visits, epochs):
+        for index, visit in enumerate(visits):
+            for batch in self.batches(visit.client) * epochs:
+                yield index, batch
+
+    def client_val_batches(self, client):
+        x, y = self.held_out[client]
+        return zip(x.split(self.batch_size), y.split(self.batch_size))
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+SSL = {"simclr": (SimCLR, {}), "mocov3": (MoCoV3, {"momentum": 0.9})}
+
+
+def small_ssl(method, depth=3, **options):
+    """A vision transformer of width 16 on the digits' 8 × 8 pixels."""
+    make, own = SSL[method]
+    torch.manual_seed(0)
+    backbone = {"depth": depth, "width": 16, "heads": 2, "patch_size": 4, "mlp_ratio": 2.0}
+    return make("vit", image_size=8, in_channels=1, backbone_options=backbone, hidden_dim=16, output_dim=8, **own, **options)
+
+
+def small_digits(**options):
+    return ImageData(**{"num_clients": 4, "limit_train": 100, "batch_size": 16, **options})
+
+
+@pytest.fixture
+def net():
+    return Net
+
+
+@pytest.fixture
+def points():
+    return Points
+
+
+@pytest.fixture
+def ssl():
+    return small_ssl
+
+
+@pytest.fixture
+def digits():
+    return small_digits
+
+
+@pytest.fixture
+def federation():
+    """A Federation that shows nothing."""
+
+    def make(rounds, **options):
+        return Federation(rounds, **{"progress": False, "accelerator": "cpu", **options})
+
+    return make
+
+
+def state(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+@pytest.fixture
+def same():
+    """Asserts that two state_dicts are equal bit for bit."""
+    return assert_same
+
+
+def timeless(result):
+    """History and cost without what a clock says."""
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    return history, untimed(result.cost)
+
+
+def untimed(table):
+    cost = table.to_json()
+    for row in (*cost["rows"], cost["total"]):
+        row.pop("seconds")
+    return cost
+
+
+@pytest.fixture
+def figures():
+    return timeless
+
+
+@pytest.fixture
+def cost_of():
+    return untimed
