@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherlight.fed_loop.wire import packed_length, pack, unpack
+from featherlight.fed_loop.wire import pack, packed_length, unpack
 
 DTYPES = [
     torch.float64,
