@@ -55,7 +55,8 @@ def _last_width(block: nn.Module, attributes: Sequence[str]) -> int | None:
 
 
 def keeps_shape(block: nn.Module) -> bool:
-    """Whether identity can stand in for ``block``: no stride or pooling inside, and as many channels out as in.
+    """Whether identity can stand in for ``block``: no stride or pooling inside, no convolution that eats the border, and as many
+    channels out as in.
 
     Example:
         >>> from torch import nn
@@ -70,9 +71,15 @@ def keeps_shape(block: nn.Module) -> bool:
         ):
             return False
         if isinstance(module, nn.modules.conv._ConvNd):
-            if any(step != 1 for step in module.stride):
+            if any(step != 1 for step in module.stride) or not _pads_fully(module):
                 return False
             first = first if first is not None else module.in_channels
         elif isinstance(module, nn.Linear) and first is None:
             first = module.in_features
     return first is not None and first == width_of(block)
+
+
+def _pads_fully(conv: nn.modules.conv._ConvNd) -> bool:
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
+    return all(2 * pad == step * (size - 1) for pad, step, size in zip(conv.padding, conv.dilation, conv.kernel_size))

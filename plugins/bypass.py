@@ -19,6 +19,7 @@ class Bypass:
     """Mixed in before a block's own class: its forward, or its input where somebody bypasses it."""
 
     _bypassed_by: frozenset[str] = frozenset()
+    _skippable: bool = False
     _frozen: bool = False
     _residual_scale: float = 1.0
     _instead: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered a second time
@@ -33,14 +34,24 @@ class Bypass:
                 "something in front of the blocks still trains (name it with stem=[...]), or the images require grad"
             )
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if self._skippable and not isinstance(out, Tensor):
+            raise TypeError(
+                f"a block puts out a {type(out).__name__}, so its input cannot stand in for it where it is left out: "
+                "let it return its tensor alone, or only freeze, with grow=False and without depth dropout"
+            )
         if self._residual_scale != 1.0:
             out = args[0] + (out - args[0]) * self._residual_scale
         return out
 
 
-def make_bypassable(block: nn.Module) -> None:
-    """Swap ``block``'s class for one whose forward can be bypassed; a second call changes nothing."""
+def make_bypassable(block: nn.Module, skippable: bool = True) -> None:
+    """Swap ``block``'s class for one whose forward can be bypassed; a second call changes nothing else than ``skippable``.
+
+    Args:
+        skippable: it, or a block beside it, will be bypassed, so that it must put out a tensor as it takes one.
+    """
     if isinstance(block, Bypass):
+        block._skippable |= skippable
         return
     if isinstance(block, nn.ModuleList | nn.ModuleDict):
         raise ValueError(f"a block must be a module with a forward; {type(block).__name__} has none: name its items, as in 'layers.*'")
@@ -48,13 +59,14 @@ def make_bypassable(block: nn.Module) -> None:
     if own not in _CLASSES:
         _CLASSES[own] = type(f"Bypassable{own.__name__}", (Bypass, own), {"__module__": own.__module__})
     block.__class__ = _CLASSES[own]
+    block._skippable = skippable  # type: ignore[assignment]
 
 
 def restore(block: nn.Module) -> None:
     """Give ``block`` its own class back and clear every mark."""
     if isinstance(block, Bypass):
         block.__class__ = type(block).__mro__[2]  # [Bypassable…, Bypass, own]
-    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_residual_scale", "_instead"):
+    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_skippable", "_residual_scale", "_instead"):
         block.__dict__.pop(mark, None)
 
 

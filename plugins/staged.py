@@ -84,7 +84,7 @@ class Staged(Plugin):
         self._adapters = nn.ModuleDict()
         for tower in (self._tower, *self._followers):
             for block in tower.blocks:
-                make_bypassable(block)
+                make_bypassable(block, skippable=self.grow)
         if self.grow and self.adapters == "auto":
             newest = [tower_blocks[-1] for tower_blocks in self._by_group(self._tower)]
             self._adapters = make_adapters(newest)
@@ -92,7 +92,7 @@ class Staged(Plugin):
                 if hasattr(model, ADAPTERS):
                     raise ValueError(f"the model has {ADAPTERS} already; only one plugin may grow it")
                 self._trainable |= {id(p) for p in self._adapters.parameters()}
-                model.add_module(ADAPTERS, self._adapters.to(next(self._tower.blocks[0].parameters()).device))
+                model.add_module(ADAPTERS, self._adapters.to(next(self._tower.blocks[0].parameters())))
 
     def advance(self, clock: Clock) -> Change:
         stage = self.stage(clock.period)
