@@ -1,4 +1,4 @@
-"""Blocks are found by path, by pattern or by family, in forward order, with what stands before them; mistakes are answered by what there is."""
+"""Blocks are found by path, pattern or family, in forward order, with their stem; mistakes are answered by what there is."""
 
 import pytest
 from torch import nn
