@@ -113,10 +113,14 @@ class Run:
         self.module.train()
         release([self.optimizer.optimizer], self.chain.advance(clock))
         self.optimizer.go_to(clock.period)
+        self._adopt(clock.period - 1)
+
+    def _adopt(self, period: int) -> None:
+        """What plugins did to the server's model becomes the server's state."""
         changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])]
         for name in changed:
             self.server[name].copy_(self.live[name].detach())
-        self.ledger.changed(changed, clock.period - 1)
+        self.ledger.changed(changed, period)
 
     def _travels(self, visit: Visit) -> Message:
         """Entries as they reach the server in this round, for their names and shapes."""
@@ -154,6 +158,7 @@ class Run:
         self.ledger.changed(total, clock.period)
         self._load_server()
         self.chain.settle(self.module, clock)
+        self._adopt(clock.period)
 
     def _load_server(self) -> None:
         with torch.no_grad():
