@@ -7,8 +7,9 @@ code. Nothing here needs a GPU; on one, the peak is the allocator's own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -62,13 +63,12 @@ class StepMeter:
         state = [value for optimizer in optimizers for entry in optimizer.state.values() for value in entry.values()]
         self._alive = [*self._stay, *before, *state, *tree_leaves(batch)]
         self._saved: dict[int, int] = {}
-        self._keep: list[Tensor] = []
         self._forward_flops: int | None = None
         self._cuda = next((value.device for value in self._stay if value.is_cuda), None)
 
     def __enter__(self) -> StepMeter:
         self._own = {_storage(value)._cdata for value in self._stay}
-        self._flops = FlopCounterMode(display=False)
+        self._flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops})
         self._memory = _LiveBytes(self._alive)
         self._stack = ExitStack()
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -95,6 +95,24 @@ class StepMeter:
         if self._forward_flops is None and storage._cdata not in self._own:
             self._saved[storage._cdata] = storage.nbytes()
         return value
+
+
+def _convolution_backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: Sequence[bool],
+    out_shape: Any,
+) -> int:
+    """Each of the two gradients costs what the forward pass does; torch 2.15's own formula counts the weight's once a group."""
+    return 2 * prod(x if transposed else grad) * prod(weight[1:]) * sum(output_mask[:2])
 
 
 def _storage(value: Tensor) -> torch.UntypedStorage:
