@@ -24,8 +24,8 @@ usage: featherlight COMMAND [options]
 
 start here:
   featherlight compare configs/quickstart          five ways to train on ten clients, in under four minutes
-  featherlight cost -c configs/quickstart/layerwise.yaml
-  featherlight federate -c configs/quickstart/layerwise.yaml --federation.rounds 20
+  featherlight cost -c configs/quickstart/2_layerwise.yaml
+  featherlight federate -c configs/quickstart/2_layerwise.yaml --federation.rounds 20
   featherlight fit -c configs/fit_layerwise.yaml
 
   featherlight COMMAND --help          all options of a command

@@ -49,7 +49,9 @@ def predict_config(path: str, arguments: list[str]) -> CostTable:
     federation = parts.federation()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=federation.rounds)
-        return predict(federation, parts.module, parts.data(), parts.plugins(), lambda done: progress.update(task, completed=done))
+        return predict(
+            federation, parts.module, parts.data(pictures=False), parts.plugins(), lambda done: progress.update(task, completed=done)
+        )
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

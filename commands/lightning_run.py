@@ -95,7 +95,8 @@ def predict_fit(arguments: list[str]) -> CostTable:
     callbacks = cli.parser.instantiate_classes(_only(cli, "trainer")).trainer.get("callbacks") or []
     plugins = [callback.plugin for callback in callbacks if isinstance(callback, PluginCallback)]
     data = _build(cli, "data")
-    data.prepare_data()
+    if hasattr(data, "without_pictures"):
+        data.without_pictures()
     data.setup("fit")
     table = predict(Federation(rounds=rounds, seed=0), lambda: _build(cli, "model"), data, plugins)
     return _without_wire(table)

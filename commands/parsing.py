@@ -85,10 +85,13 @@ class Parts:
             torch.manual_seed(derive(self._config.federation.seed, "initial weights"))
             return self._build("model")
 
-    def data(self) -> Any:
-        """The data, ready."""
+    def data(self, pictures: bool = True) -> Any:
+        """The data, ready; without ``pictures``, only their number and size where that is known."""
         data = self._build("data")
-        data.prepare_data()
+        if pictures:
+            data.prepare_data()
+        elif hasattr(data, "without_pictures"):
+            data.without_pictures()
         data.setup("fit")
         return data
 

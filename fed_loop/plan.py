@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from featherlight.plugins import Chain, Clock, Visit, held, trained
-from featherlight.plugins.present import count
+from featherlight.plugins import Chain, Clock, Visit, held
+from featherlight.plugins.present import count, entries, select_trained
 
 
 class Plan(NamedTuple):
@@ -49,12 +49,14 @@ def make_plan(model: nn.Module, chain: Chain, targets: dict[str, str], visit: Vi
     """Begin ``visit`` on ``model`` and read off what it takes."""
     clock = Clock(visit.round, 0)
     chain.visit(visit)
-    model.train()
-    chain.before_forward(clock)
-    present = held(model)
-    sent = trained(model, ignore=tuple(targets))
+    if not model.training:
+        model.train()
+    chain.before_forward(clock)  # puts frozen norms back to eval mode, by which their statistics do not count as trained
+    present = entries(model)
+    sent = select_trained(present, ignore=tuple(targets))
     chain.after_step(clock)
     skip = tuple(f"{path}." for path in targets)
-    received = {name: value for name, value in present.items() if not name.startswith(skip)}
-    structure = tuple((tuple(value.shape), name in sent) for name, value in present.items())
-    return Plan(received, sent, count(present), count(sent), structure)
+    received = {name: value for name, (value, _) in present.items() if not name.startswith(skip)}
+    structure = tuple((tuple(value.shape), name in sent) for name, (value, _) in present.items())
+    params = sum(value.numel() for value, _ in present.values() if isinstance(value, nn.Parameter))
+    return Plan(received, sent, params, count(sent), structure)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -67,6 +67,7 @@ class _Prediction:
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
+        self._lengths: dict[Any, int] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
         settings = self.settings
@@ -98,9 +99,16 @@ class _Prediction:
         up = dict(plan.sent)
         if self.chain.encodes:
             up = self.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
-        down = packed_length({name: self.server[name] for name in names})
-        cost = self.meters.turn_cost(plan, sum(sizes), down, packed_length(up))
+        down = self._length({name: self.server[name] for name in names})
+        cost = self.meters.turn_cost(plan, sum(sizes), down, self._length(up))
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
+
+    def _length(self, message: dict[str, Tensor]) -> int:
+        """``packed_length``, worked out once for messages of the same names and shapes."""
+        key = tuple((name, value.shape) for name, value in message.items())
+        if key not in self._lengths:
+            self._lengths[key] = packed_length(message)
+        return self._lengths[key]
 
     def _step(self, clock: Clock, samples: int) -> Any:
         batch = self.data.example_batch(samples)
