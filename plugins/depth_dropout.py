@@ -111,7 +111,8 @@ class DepthDropout(Plugin):
         """Indices of the blocks that may be left out, and how many blocks are there at all."""
         around = [self._tower.enclosing(index) for index in range(len(self._tower.paths))]
         there = [index for index, modules in enumerate(around) if not any(is_absent(module, but=OWNER) for module in modules)]
-        active = {index for index in there if any(getattr(module, "_active", False) for module in around[index])} or {there[-1]}
+        staged = any(hasattr(module, "_active") for modules in around for module in modules)
+        active = {index for index in there if any(getattr(module, "_active", False) for module in around[index])} if staged else {there[-1]}
         return [index for index in there if index in self._droppable and index not in active], len(there)
 
     def _draw(self, *purpose: int) -> None:

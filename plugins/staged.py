@@ -76,8 +76,9 @@ class Staged(Plugin):
         self._model = model
         self._tower = find_blocks(model, self.blocks, self.stem)
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
-        followers = [self._tower.moved(online, target) for target, online in targets.items()]
-        self._followers = [tower for tower in followers if tower is not None]
+        pairs = [(self._tower.moved(online, online), self._tower.moved(online, target)) for target, online in targets.items()]
+        self._pairs = [(leader, follower) for leader, follower in pairs if leader is not None and follower is not None]
+        self._followers = [follower for _, follower in self._pairs]
         self._groups = self._cut(len(self._tower.paths))
         self._starts = self._begin(len(self._groups))
         self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
@@ -208,11 +209,11 @@ class Staged(Plugin):
                         "unlike the block before it; use init='random'"
                     )
                 copy_member(previous, block)
-        for tower in self._followers:
-            for source, destination in zip(self._tower.blocks, tower.blocks):
+        for leader, follower in self._pairs:
+            for source, destination in zip(leader.blocks, follower.blocks):
                 copy_member(source, destination)
-            for path, moved in zip(self._tower.stem[-len(tower.stem) :], tower.stem):
-                copy_member(self._tower.member(path), tower.member(moved))
+            for path, moved in zip(leader.stem, follower.stem):
+                copy_member(leader.member(path), follower.member(moved))
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
