@@ -75,7 +75,8 @@ class Points:
 
     def batches(self, client):
         x, y = self.clients[client]
-        return list(zip(x.split(self.batch_size), y.split(self.batch_size))) if len(x) else []
+        # cloned: a view would keep, and count as, the storage of all the client's points
+        return [(one.clone(), other.clone()) for one, other in zip(x.split(self.batch_size), y.split(self.batch_size)) if len(one)]
 
     def steps_per_visit(self, client, epochs):
         return len(self.batches(client)) * epochs
