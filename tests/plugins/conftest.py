@@ -121,6 +121,26 @@ def make_resnet():
 
 
 @pytest.fixture
+def make_small_resnet():
+    """The same, an eighth as wide: 8, 16, 32 and 64 channels."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class Narrow(ResNet):
+        def _make_layer(self, block, planes, *arguments, **named):
+            self.inplanes = self.inplanes if planes > 64 else 8
+            return super()._make_layer(block, planes // 8, *arguments, **named)
+
+    def make(seed=0, classes=3):
+        torch.manual_seed(seed)
+        model = Narrow(BasicBlock, [2, 2, 2, 2])
+        model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Identity()
+        model.fc = nn.Linear(64, classes)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def images():
     """Inputs of the models above, by a seed of their own."""
     random = torch.Generator().manual_seed(7)

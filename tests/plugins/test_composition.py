@@ -13,11 +13,11 @@ INNER = {"tiny": "layers.*", "vit": "blocks.*", "resnet": "layer*.*"}
 
 
 @pytest.fixture
-def build(make_tiny, make_vit, make_resnet, make_byol):
+def build(make_tiny, make_vit, make_small_resnet, make_byol):
     """A model, a chain of plugins on it, and the path before the names of its blocks."""
 
     def make(kind, method, byol=False, classes=3, **dropout):
-        encoder = {"tiny": make_tiny, "resnet": make_resnet}[kind]() if kind != "vit" else make_vit(classes=classes)
+        encoder = {"tiny": make_tiny, "resnet": make_small_resnet}[kind]() if kind != "vit" else make_vit(classes=classes)
         model, prefix = (make_byol(encoder), "encoder.") if byol else (encoder, "")
         chain = Chain([method(blocks=prefix + BLOCKS[kind]), DepthDropout(blocks=prefix + INNER[kind], **dropout)])
         chain.attach(model)
@@ -94,6 +94,19 @@ def test_max_kept_counts_blocks_of_the_groups_that_are_there(build):
         chain.visit(Visit(stage))
         chain.before_forward(Clock(stage))
         assert len({name for name in left_out(model, "layer") if "." in name}) == expected
+        chain.after_step(Clock(stage))
+
+
+def test_blocks_named_for_dropout_may_lie_above_or_below_the_stage(make_tiny):
+    """Nothing is there to drop before the stage is reached; once it has passed, none of them is the newest any more."""
+    model = make_tiny(4)
+    chain = Chain([LayerFreezing(blocks="layers.*"), DepthDropout(blocks=["layers.1", "layers.2"], rate=0.9)])
+    chain.attach(model)
+    for stage, expected in enumerate([set(), set(), {"layers.1"}, {"layers.1", "layers.2"}]):
+        chain.advance(Clock(stage))
+        chain.visit(Visit(stage))
+        chain.before_forward(Clock(stage))
+        assert left_out(model, "") - {f"layers.{later}" for later in range(stage + 1, 4)} == expected
         chain.after_step(Clock(stage))
 
 
@@ -174,13 +187,13 @@ def test_compiled_blocks_follow_stages_and_draws(kind, build, images):
 
 @pytest.mark.parametrize("method", [LayerFreezing, ProgressiveGrowth])
 @pytest.mark.parametrize("kind", ["tiny", "vit", "resnet"])
-def test_detaching_the_chain_leaves_an_ordinary_model(kind, method, build, make_tiny, make_vit, make_resnet):
+def test_detaching_the_chain_leaves_an_ordinary_model(kind, method, build, make_tiny, make_vit, make_small_resnet):
     model, chain, _ = build(kind, method, byol=True)
     chain.advance(Clock(1))
     chain.visit(Visit(1))
     chain.before_forward(Clock(1))
     chain.detach()
-    ordinary = {"tiny": make_tiny, "vit": lambda: make_vit(classes=3), "resnet": make_resnet}[kind]()
+    ordinary = {"tiny": make_tiny, "vit": lambda: make_vit(classes=3), "resnet": make_small_resnet}[kind]()
     assert [type(m) for m in model.encoder.modules()] == [type(m) for m in ordinary.modules()]
     assert [type(m) for m in model.target.modules()] == [type(m) for m in ordinary.modules()]
     assert not left_out(model, "")

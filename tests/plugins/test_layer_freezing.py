@@ -189,8 +189,8 @@ def test_any_way_to_a_period_ends_in_the_same_state(kind, byol, make_tiny, make_
     check()
 
 
-def test_adapters_too_follow_the_clock_alone(make_resnet):
-    model = make_resnet()
+def test_adapters_too_follow_the_clock_alone(make_small_resnet):
+    model = make_small_resnet()
     plugin = attached(model)
     states = {}
     for period in (2, 0, 3, 1, 2, 3, 0, 1):
@@ -244,8 +244,8 @@ def test_random_keeps_each_blocks_own_values(make_tiny, snapshot, moved):
     assert not moved(before, model)
 
 
-def test_copy_previous_needs_blocks_of_one_shape(make_resnet):
-    model = make_resnet()
+def test_copy_previous_needs_blocks_of_one_shape(make_small_resnet):
+    model = make_small_resnet()
     plugin = attached(model, init="copy_previous")
     at(model, plugin, 0)
     with pytest.raises(ValueError, match=r"needs blocks of one shape, but stage 2 begins .*use init='random'"):
@@ -269,9 +269,9 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["tiny", "resnet"])
 def test_frozen_weights_statistics_and_optimizer_state_do_not_move(
-    kind, optimizer, make_tiny, make_resnet, images, snapshot, moved, below, take_step
+    kind, optimizer, make_tiny, make_small_resnet, images, snapshot, moved, below, take_step
 ):
-    model, pattern = (make_tiny(3, dropout=0.2), "layers.*") if kind == "tiny" else (make_resnet(), "layer*")
+    model, pattern = (make_tiny(3, dropout=0.2), "layers.*") if kind == "tiny" else (make_small_resnet(), "layer*")
     plugin = attached(model, blocks=pattern)
     stem, blocks = plugin._tower.stem, plugin._tower.paths
     optimizer = OPTIMIZERS[optimizer](model.parameters())
@@ -290,8 +290,8 @@ def test_frozen_weights_statistics_and_optimizer_state_do_not_move(
         assert below(with_state, blocks[stage])
 
 
-def test_frozen_norms_and_dropout_are_in_eval_mode_in_every_step(make_resnet, make_tiny, images):
-    resnet = make_resnet()
+def test_frozen_norms_and_dropout_are_in_eval_mode_in_every_step(make_small_resnet, make_tiny, images):
+    resnet = make_small_resnet()
     plugin = attached(resnet)
     at(resnet, plugin, 2)
     resnet.train()  # what a host does before each epoch
@@ -391,8 +391,8 @@ def test_mistakes_are_answered(arguments, says, make_tiny):
 
 # -- targets ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["tiny", "resnet"])
-def test_targets_go_through_every_stage_with_their_twin(kind, make_tiny, make_resnet, make_byol, images):
-    encoder, pattern = (make_tiny(3), "encoder.layers.*") if kind == "tiny" else (make_resnet(), "encoder.layer*")
+def test_targets_go_through_every_stage_with_their_twin(kind, make_tiny, make_small_resnet, make_byol, images):
+    encoder, pattern = (make_tiny(3), "encoder.layers.*") if kind == "tiny" else (make_small_resnet(), "encoder.layer*")
     model = make_byol(encoder)
     plugin = attached(model, blocks=pattern)
     for stage in range(3):
@@ -422,6 +422,17 @@ def test_a_stage_begins_with_equal_twins_and_only_then(make_tiny, make_byol):
     assert same(model.target.layers, model.encoder.layers)
     assert torch.equal(model.target.cls_token, model.encoder.cls_token)
     assert not torch.equal(model.target.head.weight, model.encoder.head.weight)  # heads keep their momentum
+
+
+def test_a_stem_partly_outside_the_online_branch_is_copied_by_name(make_tiny, make_byol):
+    model = nn.ModuleDict({"pre": nn.Linear(3, 3), "byol": make_byol(make_tiny(2))})
+    stem = [f"byol.encoder.{name}" for name in ("cls_token", "pos_embed", "embed")]
+    plugin = attached(model, blocks="byol.encoder.layers.*", stem=[*stem, "pre"])
+    with torch.no_grad():
+        model["byol"].encoder.cls_token.add_(1)
+    at(model, plugin, 1)
+    assert torch.equal(model["byol"].target.cls_token, model["byol"].encoder.cls_token)
+    assert not model["pre"].weight.requires_grad
 
 
 def test_a_new_block_that_is_a_copy_is_one_in_the_target_too(make_tiny, make_byol):
@@ -465,8 +476,8 @@ def test_only_the_stages_adapter_is_held_and_trained(make_resnet, images):
         assert model(images["resnet"]).shape == (4, 3)
 
 
-def test_a_narrow_stage_is_block_mean_linear_head(make_resnet, images):
-    model = make_resnet()
+def test_a_narrow_stage_is_block_mean_linear_head(make_small_resnet, images):
+    model = make_small_resnet()
     plugin = attached(model)
     at(model, plugin, 1)
     model.eval()
@@ -476,33 +487,33 @@ def test_a_narrow_stage_is_block_mean_linear_head(make_resnet, images):
     torch.testing.assert_close(model(images["resnet"]), model.fc(x @ linear.weight.T + linear.bias))
 
 
-def test_attaching_moves_no_random_number_of_the_model(make_resnet):
-    model = make_resnet()
+def test_attaching_moves_no_random_number_of_the_model(make_small_resnet):
+    model = make_small_resnet()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     attached(model)
     assert torch.equal(torch.rand(3), expected)
-    other = make_resnet(seed=9)
+    other = make_small_resnet(seed=9)
     attached(other)
     assert torch.equal(model.width_adapters["0"].linear.weight, other.width_adapters["0"].linear.weight)
 
 
-def test_adapters_have_the_models_precision(make_resnet, images):
-    model = make_resnet().double()
+def test_adapters_have_the_models_precision(make_small_resnet, images):
+    model = make_small_resnet().double()
     plugin = attached(model)
     at(model, plugin, 0)
     assert model(images["resnet"].double()).dtype == torch.float64
 
 
-def test_no_adapters_where_nobody_wants_them(make_resnet, make_vit):
-    for model, arguments in ((make_resnet(), {"adapters": "none"}), (make_resnet(), {"grow": False}), (make_vit(), {})):
+def test_no_adapters_where_nobody_wants_them(make_small_resnet, make_vit):
+    for model, arguments in ((make_small_resnet(), {"adapters": "none"}), (make_small_resnet(), {"grow": False}), (make_vit(), {})):
         attached(model, **arguments)
         assert not hasattr(model, "width_adapters")
 
 
-def test_two_plugins_cannot_both_bring_adapters(make_resnet):
-    model = make_resnet()
+def test_two_plugins_cannot_both_bring_adapters(make_small_resnet):
+    model = make_small_resnet()
     with pytest.raises(ValueError, match="only one plugin may grow it"):
         Chain([LayerFreezing(), LayerFreezing()]).attach(model)
 

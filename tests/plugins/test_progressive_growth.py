@@ -65,8 +65,8 @@ def test_the_end_of_a_warm_up_is_told_as_a_change(make_tiny):
 
 
 @pytest.mark.parametrize("kind", ["tiny", "resnet"])
-def test_only_what_should_move_moves(kind, make_tiny, make_resnet, images, snapshot, moved, below, take_step):
-    model, pattern = (make_tiny(2), "layers.*") if kind == "tiny" else (make_resnet(), "layer*")
+def test_only_what_should_move_moves(kind, make_tiny, make_small_resnet, images, snapshot, moved, below, take_step):
+    model, pattern = (make_tiny(2), "layers.*") if kind == "tiny" else (make_small_resnet(), "layer*")
     plugin = attached(model, blocks=pattern, periods_per_stage=2, warmup_periods=1)
     stem, blocks = plugin._tower.stem, plugin._tower.paths
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
