@@ -1,0 +1,56 @@
+"""Federations on as many processes as ``devices`` says. Arguments: folder, devices, then names of runs."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from featherlight.fed_loop import Federation, Momentum
+from featherlight.plugins import DepthDropout, LayerFreezing, ProgressiveGrowth
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def layerwise(toys, settings):
+    """A cohort of 3 of 5 Dirichlet clients of a vision transformer, whose prefix freezes."""
+    from featherlight.ssl_models import Dirichlet
+
+    blocks = {"blocks": "backbone.blocks.*"}
+    plugins = [LayerFreezing(**blocks, periods_per_stage=2, init="copy_previous"), DepthDropout(**blocks)]
+    data = toys.small_digits(num_clients=5, partition=Dirichlet(1.0))
+    return Federation(5, cohort=3, seed=2, **settings), toys.small_ssl("mocov3"), data, plugins
+
+
+def growing(toys, settings):
+    """All that may differ between processes: initial weights, clients left out, a client rejected, evaluation of clients."""
+    blocks = {"blocks": "blocks.*"}
+    plugins = [ProgressiveGrowth(**blocks), DepthDropout(**blocks)]
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    data = toys.Points([10, 3, 14, 6], held_out=3)
+    data.clients[3][0][0, 0] = float("nan")
+    federation = Federation(4, server=Momentum(), evaluate_clients=True, evaluate_every=1, **settings)
+    return federation, toys.Net(dropout=0.3, seed=10 + rank), data, plugins
+
+
+def run(name, folder=None, devices=1, resume=False):
+    toys = load("conftest")
+    settings = {"folder": folder, "devices": devices, "accelerator": "cpu", "progress": False}
+    federation, module, data, plugins = globals()[name](toys, settings)
+    result = federation.run(module, data, plugins, resume=resume)
+    if folder is not None and federation.is_first:
+        torch.save(module.state_dict(), folder / "done.pt")
+        (folder / "figures.json").write_text(json.dumps(toys.timeless(result)))
+    return module.state_dict(), toys.timeless(result)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[3:]:
+        run(name, Path(sys.argv[1]) / name, int(sys.argv[2]))

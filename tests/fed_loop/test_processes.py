@@ -1,0 +1,39 @@
+"""One process and two give the same weights, history and cost, bit for bit."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "on_processes.py"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    spec = importlib.util.spec_from_file_location("on_processes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LAUNCHERS = {
+    "devices=2": [sys.executable, "-W", "ignore", SCRIPT],
+    "torchrun": [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT],
+}
+
+
+@pytest.mark.parametrize(("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing"])])
+def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
+    done = subprocess.run([*LAUNCHERS[launcher], tmp_path, "2", *names], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        weights, figures = runs.run(name)
+        same(torch.load(tmp_path / name / "done.pt"), weights)
+        assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
+        resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
+        same(resumed, weights)
+        assert sum(row["rejected"] for row in figures[0]) == (4 if name == "growing" else 0)
