@@ -33,7 +33,7 @@ class Say(Plugin):
 
     def after_step(self, clock):
         self._said.send("step")
-        time.sleep(0.01)
+        time.sleep(0.003)
 
 
 def train(folder, every, said):
@@ -60,7 +60,7 @@ def run(folder, every=1, number=None, after=None):
     if number is not None:
         for _ in range(int(after)):
             hear.recv()
-        time.sleep(0.01 * (after % 1))
+        time.sleep(0.005 * (after % 1))
         os.kill(process.pid, number)
         stopped = time.time()
         while process.is_alive() and time.time() < stopped + 60:  # or the pipe would fill
