@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> 
         def instantiate_classes(self) -> None:
             """Parsed only: whoever asked builds what it needs, where it needs it."""
 
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # we give it the command line's own, without our options
     try:
         return (CLI if build else Unbuilt)(
             LightningModule,

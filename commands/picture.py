@@ -12,6 +12,9 @@ AXES = (
     ("sent and received over the run", "MiB", lambda cost: (cost["bytes_down"] + cost["bytes_up"]) / 2**20),
 )
 
+MARKERS = "os^DvPX*"
+"""Shapes, so that runs at one point are both seen."""
+
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """One panel a cost, a line of panels a metric, a point a run.
@@ -34,13 +37,14 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         for panel, (title, unit, figure_of) in zip(line, AXES):
             for number, run in enumerate(runs):
                 score = 100 * run["metrics"].get(metric, float("nan"))
-                panel.scatter(figure_of(run["cost"]), score, s=70, color=colours[number % len(colours)], label=run["name"], zorder=3)
+                style = {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)]}
+                panel.scatter(figure_of(run["cost"]), score, s=90, alpha=0.8, label=run["name"].replace("_", " "), zorder=3, **style)
             panel.set_xlabel(f"{title} ({unit})")
             panel.set_xlim(left=0)
             panel.grid(alpha=0.3)
         line[0].set_ylabel(f"{metric} accuracy (%)" if metric else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(runs), 5), frameon=False)
-    figure.suptitle("what one client paid, and what the features are worth", y=1.06 if len(metrics) == 1 else 1.03)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
+    figure.suptitle("what a client that takes part in every round pays, and what the features are worth")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

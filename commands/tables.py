@@ -14,7 +14,7 @@ from featherlight.plugins.cost_table import HEADINGS, CostTable, readable, text_
 def cost_table(cost: CostTable, title: str, names: Iterable[str] = HEADINGS) -> Table:
     """Rows by stage, and the total."""
     lines = text_rows(cost, names)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    table = _table(title)
     for heading in lines[0]:
         table.add_column(heading, justify="right")
     for line in lines[1:-1]:
@@ -30,22 +30,19 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
 
 
 def comparison_table(runs: list[dict[str, Any]]) -> Table:
-    """One line a run: what a client held, computed and sent, and how good the features are."""
-    names = ["params_held", "params_trained", "saved_bytes", "peak_bytes", "flops_forward", "flops_backward", "bytes_down", "bytes_up"]
-    names += ["seconds"]
+    """One column a run: what a client held, computed and sent, and how good the features are."""
     metrics = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
-    table = Table(
-        title="per client: largest held, trained, saved for backward and peak; sums over the run of the rest",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("run")
-    for name in [HEADINGS[name] for name in names] + metrics:
-        table.add_column(name, justify="right")
+    table = _table("a client that takes part in every round: most held, trained, saved for backward and peak; sums of the rest")
+    table.add_column("")
     for run in runs:
-        figures = [readable(name, run["cost"][name]) for name in names]
-        scores = [f"{run['metrics'][name]:.1%}" if name in run["metrics"] else "" for name in metrics]
-        table.add_row(run["name"], *figures, *scores)
+        table.add_column(run["name"].replace("_", " "), justify="right")
+    for name in [name for name in HEADINGS if name not in ("stage", "rounds")]:
+        table.add_row(HEADINGS[name], *(readable(name, run["cost"][name]) for run in runs))
+    table.add_section()
+    for name in metrics:
+        table.add_row(name, *(f"{run['metrics'][name]:.1%}" if name in run["metrics"] else "" for run in runs), style="bold")
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)

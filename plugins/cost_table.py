@@ -123,7 +123,7 @@ HEADINGS = {
 
 
 def readable(name: str, value: float) -> str:
-    """A figure as a person reads it: bytes in KiB to GiB, counts in k to T."""
+    """A figure as a person reads it, in few columns: bytes in KiB to TiB, counts in k to P."""
     if name in ("stage", "rounds"):
         return str(int(value))
     if name == "seconds":
@@ -136,9 +136,9 @@ def readable(name: str, value: float) -> str:
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     for unit in units[:-1]:
         if abs(value) < base:
-            return f"{value:.3g} {unit}".strip() if value < 100 else f"{value:.0f} {unit}".strip()
+            return f"{value:.3g}{unit}" if value < 100 else f"{value:.0f}{unit}"
         value /= base
-    return f"{value:.3g} {units[-1]}"
+    return f"{value:.3g}{units[-1]}"
 
 
 def text_rows(table: CostTable, names: Iterable[str] = HEADINGS) -> list[list[str]]:
