@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import Precision
 from torch import Tensor, nn
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -17,6 +19,7 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan, shareable
+from featherlight.fed_loop.turn import as_weights
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Plugin, Visit, find_targets
 from featherlight.plugins.cost_table import CostTable
@@ -42,11 +45,16 @@ def predict(
     _ = data.num_clients, data.example_batch(2)  # whatever data read on first use, they read now and not as fakes
     try:
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
-            module = make_module()
+            module = _precision(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress)
     except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError):
-        return _predict(settings, make_module(), data, plugins, progress)  # its shapes depend on values: meter on real tensors
+        module = _precision(settings).convert_module(make_module())
+        return _predict(settings, module, data, plugins, progress)  # its shapes depend on values: meter on real tensors
+
+
+def _precision(settings: Federation) -> Precision:
+    return Fabric(accelerator="cpu", devices=1, precision=settings.compute["precision"]).strategy.precision
 
 
 def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequence[Plugin], progress: Callable[[int], None]) -> CostTable:
@@ -63,6 +71,7 @@ class _Prediction:
     def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, targets: dict[str, str]) -> None:
         self.settings, self.module, self.data, self.chain, self.targets = settings, module, data, chain, targets
         self.optimizer = ClientOptimizer(module).optimizer
+        self.precision = _precision(settings)
         self.server = shareable(module, targets)
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
@@ -116,11 +125,13 @@ class _Prediction:
         with StepMeter(self.module, [self.optimizer], batch) as meter:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
-                loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
-            loss = loss["loss"] if isinstance(loss, dict) else loss
-            extra = self.chain.extra_loss(self.module, batch)
-            if extra is not None:
-                loss = loss + extra
+                with self.precision.forward_context():
+                    batch = as_weights(batch, self.precision)
+                    loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
+                    loss = loss["loss"] if isinstance(loss, dict) else loss
+                    extra = self.chain.extra_loss(self.module, batch)
+                    if extra is not None:
+                        loss = loss + extra
             meter.forward_is_done()
             self.optimizer.zero_grad()
             loss.backward()

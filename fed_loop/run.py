@@ -22,7 +22,7 @@ from featherlight.fed_loop.plan import may_travel, shareable
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
-from featherlight.fed_loop.turn import Clients, Turn
+from featherlight.fed_loop.turn import Clients, Turn, as_weights
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.optimizer_state import release
 from featherlight.plugins.targets import follow
@@ -208,13 +208,14 @@ class Run:
     def _evaluate_clients(self) -> dict[str, float]:
         """The global model on every client's held-out part: mean over clients, weighted by samples."""
         self.module.eval()
+        precision = self.processes.fabric.strategy.precision
         rows: list[Any] = []
         mine = range(self.processes.rank, self.data.num_clients, self.processes.size)
-        with torch.no_grad():
+        with torch.no_grad(), precision.forward_context():
             for client in mine:
                 for raw in self.data.client_val_batches(client):
                     batch = self.data.on_after_batch_transfer(self.processes.fabric.to_device(raw), 0)
-                    out = self.module.validation_step(batch, 0)  # type: ignore[operator]
+                    out = self.module.validation_step(as_weights(batch, precision), 0)  # type: ignore[operator]
                     figures = {"loss": out} if isinstance(out, torch.Tensor) else out or {}
                     rows.append([client, len(batch[-1]), {name: float(value) for name, value in figures.items()}])
         rows = [row for share in self.processes.gather(rows) for row in share]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +53,11 @@ class Turn:
 def count_samples(batch: Any) -> int:
     """Samples in a batch: the length of its first tensor."""
     return next((value.shape[0] for value in tree_leaves(batch) if isinstance(value, Tensor) and value.ndim), 0)
+
+
+def as_weights(batch: Any, precision: Precision) -> Any:
+    """``batch`` in the precision of the weights; mixed precision leaves it as it is and casts where it computes, as under a Trainer."""
+    return batch if isinstance(precision, MixedPrecision) else precision.convert_input(batch)
 
 
 class Clients:
@@ -147,11 +153,14 @@ class Clients:
 
     def _step(self, batch: Any, clock: Clock, meter: StepMeter | None = None) -> Tensor:
         self._chain.before_forward(clock)
-        out = self._model.training_step(batch, clock.step)
-        loss = out["loss"] if isinstance(out, Mapping) else out
-        extra = self._chain.extra_loss(self.module, batch)
-        if extra is not None:
-            loss = loss + extra
+        precision = self._fabric.strategy.precision  # Fabric's wrapper applies it to forward alone
+        with precision.forward_context():
+            batch = as_weights(batch, precision)
+            out = self._model.training_step(batch, clock.step)
+            loss = out["loss"] if isinstance(out, Mapping) else out
+            extra = self._chain.extra_loss(self.module, batch)
+            if extra is not None:
+                loss = loss + extra
         if meter is not None:
             meter.forward_is_done()
         self._optimizer.zero_grad()
