@@ -112,6 +112,23 @@ def test_one_client_is_plain_training_with_an_optimizer_made_anew_each_round(net
     same(module.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_reaches_the_training_step(precision, net, points, federation):
+    seen = set()
+
+    class Watching(net):
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            seen.add((self.head.weight.dtype, batch[0].dtype, logits.dtype))
+            return nn.functional.cross_entropy(logits, batch[1])
+
+    result = federation(2, precision=precision, evaluate_clients=True).run(Watching(), points([8, 8], held_out=2))
+    weights = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    assert seen == {(weights, weights, torch.bfloat16)}
+    assert result.history[1]["rejected"] == 0
+    assert result.metrics["client_loss"] > 0
+
+
 def test_cohorts_are_the_ones_drawn(net, points, federation):
     from featherlight.fed_loop.cohort import sample
 
