@@ -23,14 +23,14 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("model", "partition"), [("simclr", "dirichlet"), ("mocov3", "iid")])
 def test_vision_transformer(model, partition, method, ssl, digits, federation, cost_of):
-    """Clients of 100 images in batches of 16; the Dirichlet ones have down to a few, less than a batch."""
+    """Clients of 80 images in batches of 16; the Dirichlet ones have down to a few, less than a batch."""
 
     def data():
-        return digits(num_clients=5, partition=Dirichlet(0.3) if partition == "dirichlet" else None)
+        return digits(num_clients=4, limit_train=80, partition=Dirichlet(0.3) if partition == "dirichlet" else None)
 
     if partition == "dirichlet":
         assert min(data().client_sizes()) < 16 < max(data().client_sizes())
-    settings = federation(3, cohort=4, seed=1, local_epochs=1 if model == "simclr" else 2)
+    settings = federation(3, cohort=3, seed=1, local_epochs=1 if model == "simclr" else 2)
     predicted = predict(settings, lambda: ssl(model), data(), METHODS[method]("backbone.blocks.*"))
     measured = settings.run(ssl(model), data(), METHODS[method]("backbone.blocks.*"))
     assert cost_of(predicted) == cost_of(measured.cost)

@@ -155,8 +155,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", ["simclr", "mocov3"])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [("simclr", method) for method in list(METHODS)[:3]] + [("mocov3", method) for method in list(METHODS)[1:]],
+)
 def test_a_trainer_run_is_a_one_client_federation(model, method, ssl, digits, federation, same, tmp_path):
     options = {"num_clients": 1, "limit_train": 60, "seed": 3}
     fitted, module = (ssl(model, weight_decay=0.05, schedule="cosine", periods=4) for _ in range(2))
