@@ -93,7 +93,10 @@ class Staged(Plugin):
                 if hasattr(model, ADAPTERS):
                     raise ValueError(f"the model has {ADAPTERS} already; only one plugin may grow it")
                 self._trainable |= {id(p) for p in self._adapters.parameters()}
-                model.add_module(ADAPTERS, self._adapters.to(next(self._tower.blocks[0].parameters())))
+                like, own = next(self._tower.blocks[0].parameters()), next(self._adapters.parameters())
+                if (like.device, like.dtype) != (own.device, own.dtype):  # tensors without data cannot be moved, even to where they are
+                    self._adapters.to(like)
+                model.add_module(ADAPTERS, self._adapters)
 
     def advance(self, clock: Clock) -> Change:
         stage = self.stage(clock.period)
