@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
-import torch
-
-from featherlight.plugins.seeds import generator
+from featherlight.plugins.seeds import derive
 
 
 def sample(num_clients: int, size: int | None, seed: int, round: int) -> list[int]:
@@ -19,7 +18,7 @@ def sample(num_clients: int, size: int | None, seed: int, round: int) -> list[in
         return list(range(num_clients))
     if not 1 <= size <= num_clients:
         raise ValueError(f"cohort={size}, but there are {num_clients} clients; give 1 to {num_clients}, or leave it out for all")
-    return sorted(torch.randperm(num_clients, generator=generator(seed, round, "cohort"))[:size].tolist())
+    return sorted(Random(derive(seed, round, "cohort")).sample(range(num_clients), size))
 
 
 def balance(clients: Sequence[int], sizes: Sequence[int], processes: int) -> list[list[int]]:

@@ -48,9 +48,12 @@ def predict(
             module = _precision(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress)
-    except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError):
+    except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError) as error:
+        warnings.warn(
+            f"something's shape depends on values ({error}), so real steps are metered, which takes time and memory", stacklevel=2
+        )
         module = _precision(settings).convert_module(make_module())
-        return _predict(settings, module, data, plugins, progress)  # its shapes depend on values: meter on real tensors
+        return _predict(settings, module, data, plugins, progress)
 
 
 def _precision(settings: Federation) -> Precision:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Literal
 
-import torch
 from torch import nn
 
 from featherlight.plugins.adapters import keeps_shape
 from featherlight.plugins.base import Clock, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.bypass import is_absent, make_bypassable, restore, set_absent, set_bypassed
-from featherlight.plugins.seeds import generator
+from featherlight.plugins.seeds import derive
 from featherlight.plugins.targets import find_targets
 
 OWNER = "depth dropout"
@@ -121,9 +121,8 @@ class DepthDropout(Plugin):
         if self.max_kept is not None:
             count = max(count, present - self.max_kept)
         count = min(count, len(earlier))
-        random = generator(self._visit.seed, self._visit.round, self._visit.client, *purpose, OWNER)
-        order = torch.randperm(len(earlier), generator=random).tolist()
-        self._dropped = tuple(sorted(earlier[position] for position in order[:count]))
+        random = Random(derive(self._visit.seed, self._visit.round, self._visit.client, *purpose, OWNER))
+        self._dropped = tuple(sorted(random.sample(earlier, count)))
 
     def _mark_absent(self, on: bool) -> None:
         for tower in self._towers:
