@@ -17,6 +17,7 @@ import featherlight.commands.parsing  # noqa: F401  brings our models and data u
 from featherlight.callbacks import CostMonitor
 from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
+from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.tables import metrics_line
 from featherlight.plugins.cost_table import CostTable
 from featherlight.ssl_models.probes import Probe
@@ -34,6 +35,7 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**options)
         if not any(isinstance(callback, CostMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(CostMonitor())  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, FiniteGuard())  # type: ignore[attr-defined]  # ahead of ModelCheckpoint, which is last
         return trainer
 
 
