@@ -52,6 +52,8 @@ class Federation:
         checkpoint_every: write a checkpoint every so many rounds; 0 for none.
         accelerator, devices, num_nodes, precision: as for Lightning; the cohort is spread over the devices' processes, and the result
             is the same, bit for bit, whatever their number.
+        threads: CPU threads of each process; part of what a run is, since matrix products round differently over more threads. To use
+            more cores, raise ``devices`` first: clients in parallel gain more than threads within a step.
         progress: show a progress bar.
 
     Raises:
@@ -75,6 +77,7 @@ class Federation:
         devices: int | str = 1,
         num_nodes: int = 1,
         precision: str | int | None = None,
+        threads: int = 1,
         progress: bool = True,
     ) -> None:
         for name, value, least in (
@@ -103,7 +106,13 @@ class Federation:
         self.checkpoint_every = checkpoint_every
         self.progress = progress
         self.is_first = True
-        self.compute: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": precision}
+        self.compute: dict[str, Any] = {
+            "accelerator": accelerator,
+            "devices": devices,
+            "num_nodes": num_nodes,
+            "precision": precision,
+            "threads": threads,
+        }
 
     def run(
         self,

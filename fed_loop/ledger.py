@@ -1,6 +1,6 @@
 """Who holds what: which entries a client must be sent, and which it still has from an earlier round.
 
-A client keeps what it received and did not train: under layer freezing that is the frozen prefix, which then travels once a stage.
+A client keeps what it received and did not train: where a prefix is frozen, that prefix, which then travels once.
 Where every entry trains, as in plain federated averaging, nothing is remembered of any client.
 """
 

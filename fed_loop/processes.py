@@ -21,16 +21,23 @@ class Processes:
 
     Args:
         accelerator, devices, num_nodes, precision: as for ``lightning.Fabric``; ``devices`` is the number of processes.
+        threads: CPU threads of each process. Matrix products split over more threads round differently, so it must not depend on
+            how many processes there are.
     """
 
-    def __init__(self, accelerator: str = "auto", devices: int | str = 1, num_nodes: int = 1, precision: str | int | None = None) -> None:
+    def __init__(
+        self, accelerator: str = "auto", devices: int | str = 1, num_nodes: int = 1, precision: str | int | None = None, threads: int = 1
+    ) -> None:
         several = devices not in (1, "1") or num_nodes > 1
         self._outer = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp" if several else "auto")
         self._precision = precision
+        self._threads = threads
 
     def launch(self) -> None:
         """Start the other processes, unless something (torchrun) has."""
         self._outer.launch()
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         device = self._outer.device
         self.fabric = Fabric(
             accelerator=device.type,
@@ -38,6 +45,10 @@ class Processes:
             strategy=SingleDeviceStrategy(device=device),
             precision=self._precision,  # type: ignore[arg-type]
         )
+
+    def close(self) -> None:
+        """Give the process back its threads."""
+        torch.set_num_threads(self._threads_before)
 
     @property
     def rank(self) -> int:

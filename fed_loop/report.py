@@ -65,7 +65,7 @@ class Report:
             return
         for turn in turns:
             if turn.rejected:
-                self._say(f"[yellow]round {row['round']}: update of client {turn.client} rejected: {turn.rejected}")
+                self.say(f"[yellow]round {row['round']}: update of client {turn.client} rejected: {turn.rejected}")
         if self._progress is not None:
             self._progress.update(self._task, completed=row["round"] + 1, note=f"stage {row['stage']} loss {row['loss']:.3f}")
         if self._folder is not None:
@@ -84,7 +84,7 @@ class Report:
 
     def saved(self, path: Path, interrupted: bool) -> None:
         if interrupted:
-            self._say(f"[yellow]interrupted; saved {path}. Start again with --resume to go on.")
+            self.say(f"[yellow]interrupted; saved {path}. Start again with --resume to go on.")
 
     @property
     def _folder(self) -> Path | None:
@@ -105,5 +105,6 @@ class Report:
             logger.log_metrics({name: value for name, value in row.items() if name != "round"}, step=int(row["round"]))
             logger.save()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line that a person must see."""
         (self._progress.console if self._progress is not None else self._console).print(text, highlight=False)

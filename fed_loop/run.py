@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -54,12 +55,15 @@ class Run:
         self.live = shareable(module, self.targets)
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.processes.from_first(self.server.values())
+        self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
         self.ledger = Ledger(settings.resend)
         self.result = Result()
         self.sizes = data.client_sizes()
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
+        if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
+            data.probe_data()  # an image that cannot be read is better found now than after the last round
 
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:
@@ -79,6 +83,7 @@ class Run:
 
     def close(self) -> None:
         self.chain.detach()
+        self.processes.close()
         if isinstance(self.module, LightningModule):  # what Fabric's setup left: a Trainer would log to it
             self.module._fabric, self.module._fabric_optimizers = None, []
 
@@ -90,7 +95,7 @@ class Run:
         cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
         mine = balance(cohort, self.sizes, processes.size)[processes.rank]
         visits = [Visit(round, client, settings.seed) for client in mine]
-        mean = Mean(self._travels(visits[0] if visits else Visit(round, cohort[0], settings.seed)), self.chain.decodes)
+        mean = Mean(self._travels(Visit(round, cohort[0], settings.seed)), self.chain.decodes)
         total = sum(self.sizes[client] for client in cohort)
         turns = []
         self.clients.begin_round()
@@ -151,7 +156,7 @@ class Run:
             old = self.server[name]
             new = value  # of statistics and counts, which momentum would carry past what was measured (a variance below 0)
             if isinstance(self.live[name], nn.Parameter):
-                new = self.settings.server.step(name, old.double(), value)
+                new = self.optimizer_of_server.step(name, old.double(), value)
             if name in held_by_some:
                 new = new.where(held_by_some[name], old.double())
             old.copy_(new if old.is_floating_point() else new.round())
@@ -240,11 +245,16 @@ class Run:
             "seed": str(settings.seed),
             "resend": str(settings.resend),
             "clip": str(settings.clip),
+            "precision": str(settings.compute["precision"]),
+            "threads": str(settings.compute["threads"]),
+            "data": str(self.data.describe() if hasattr(self.data, "describe") else type(self.data).__name__),
         }
 
     def _start_clean(self) -> int:
         if self.settings.folder is not None and (last := checkpoint.newest(self.settings.folder)) is not None:
             raise ValueError(f"{last} is there already; go on from it with resume=True (--resume), or use another folder")
+        if self.settings.folder is not None and (self.settings.folder / "metrics.jsonl").exists():
+            raise ValueError(f"{self.settings.folder} holds another run's metrics.jsonl; use another folder")
         return 0
 
     def _resume(self) -> int:
@@ -253,12 +263,14 @@ class Run:
             raise ValueError("to resume, give the folder in which the run's checkpoints are")
         path = checkpoint.newest(folder)
         if path is None:
+            if self.processes.rank == 0:
+                self.report.say(f"there is no checkpoint in {folder}: starting from the first round")
             return 0
         state = checkpoint.read(path)
         checkpoint.check_same_run(path, state["fingerprint"], self._fingerprint())
         for name, value in state["server"].items():
             self.server[name].copy_(value)
-        self.settings.server.load_state_dict(state["server_optimizer"])
+        self.optimizer_of_server.load_state_dict(state["server_optimizer"])
         self.ledger.load_state_dict(state["ledger"])
         self.result.cost.load_state_dict(state["cost"])
         self.result.history, self.result.metrics = state["history"], state["metrics"]
@@ -282,7 +294,7 @@ class Run:
             "round": round,
             "fingerprint": self._fingerprint(),
             "server": self.server,
-            "server_optimizer": settings.server.state_dict(),
+            "server_optimizer": self.optimizer_of_server.state_dict(),
             "ledger": self.ledger.state_dict(),
             "cost": self.result.cost.state_dict(),
             "history": self.result.history,

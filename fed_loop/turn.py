@@ -91,7 +91,7 @@ class Clients:
         self.meters = Meters()
 
     def begin_round(self) -> None:
-        self._payloads: dict[tuple[str, ...], tuple[int, Message]] = {}
+        self._last: tuple[tuple[str, ...], int, Message] | None = None
 
     def train(self, visit: Visit, batches: Iterable[Any], server: Mapping[str, Tensor], ledger: Ledger) -> tuple[Turn, Message]:
         """Train the client of ``visit`` from the server's entries.
@@ -117,10 +117,10 @@ class Clients:
     def _receive(self, plan: Plan, client: int, server: Mapping[str, Tensor], ledger: Ledger) -> int:
         """Load what the client still holds and what it is sent; returns the length of the message."""
         names = tuple(ledger.to_send(client, plan.received))
-        if names not in self._payloads:  # the same message for many clients is made and read once
+        if self._last is None or self._last[0] != names:  # the same message for one client after the other is made and read once
             payload = pack({name: server[name] for name in names})
-            self._payloads[names] = len(payload), unpack(payload)
-        length, received = self._payloads[names]
+            self._last = names, len(payload), unpack(payload)
+        _, length, received = self._last
         with torch.no_grad():
             torch._foreach_copy_(list(plan.received.values()), [received.get(name, server[name]) for name in plan.received])
         follow(self.module, self._targets)

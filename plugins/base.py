@@ -90,11 +90,11 @@ class Plugin:
 
     # -- federated: the wire -------------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
-        """Sender's side, both directions: select, project or quantise entries."""
+        """A client's side: select, project or quantise the entries of its update."""
         return message
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
-        """Receiver's side, per message, in the opposite order of :meth:`encode`.
+        """The server's side, per message, in the opposite order of :meth:`encode`.
 
         An entry may become ``(value, weight)`` with ``weight`` of the value's shape: 0 where this client held nothing.
         """

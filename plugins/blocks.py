@@ -86,7 +86,9 @@ class Tower:
         return member
 
 
-def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "auto", stem: Sequence[str] | None = None) -> Tower:
+def find_blocks(
+    model: nn.Module, blocks: str | Sequence[str] = "auto", stem: Sequence[str] | None = None, tail: Sequence[str] | None = None
+) -> Tower:
     """Resolve the blocks of ``model``.
 
     Args:
@@ -95,6 +97,8 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "auto", stem: Se
             ``"auto"`` recognises the families in :data:`LAYOUTS`.
         stem: paths of modules or parameters that come before the first block. By default, what their parent
             registers before the first block, and the parent's own parameters (position embeddings, class token).
+        tail: paths of what comes after the last block, for models that register some of it before the blocks: it is no part
+            of the stem then. Everything that is neither stem nor block counts as tail anyway.
 
     Raises:
         ValueError: nothing matches; the message lists what the model has there.
@@ -123,7 +127,11 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "auto", stem: Se
     for path in paths:
         if any(path.startswith(f"{other}.") for other in paths):
             raise ValueError(f'block "{path}" lies inside another block; blocks must stand one after the other: {", ".join(paths)}')
-    return Tower(model, tuple(paths), tuple(_stem_before(model, paths[0]) if stem is None else _existing(model, stem)))
+    before = _stem_before(model, paths[0]) if stem is None else _existing(model, stem)
+    after = _existing(model, tail or (), "tail")
+    if stem is not None and (twice := [path for path in after if path in before]):
+        raise ValueError(f'"{twice[0]}" is named as stem and as tail; what comes before the blocks is stem, what comes after them tail')
+    return Tower(model, tuple(paths), tuple(path for path in before if path not in after))
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -166,13 +174,14 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _existing(model: nn.Module, stem: Iterable[str]) -> list[str]:
+def _existing(model: nn.Module, named: Iterable[str], what: str = "stem") -> list[str]:
     members = {path for path, _ in model.named_modules(remove_duplicate=False)}
     members |= {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    for path in stem:
+    named = list(named)
+    for path in named:
         if path not in members:
-            raise ValueError(_nothing_at(model, path).replace("block", "stem", 1))
-    return list(stem)
+            raise ValueError(_nothing_at(model, path).replace("block", what, 1))
+    return named
 
 
 def _stem_before(model: nn.Module, first: str) -> list[str]:

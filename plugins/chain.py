@@ -34,8 +34,12 @@ class Chain(Plugin):
         return any(overrides(plugin, "encode") for plugin in self.plugins)
 
     def attach(self, model: nn.Module) -> None:
-        for plugin in self.plugins:
-            plugin.attach(model)
+        for number, plugin in enumerate(self.plugins):
+            try:
+                plugin.attach(model)
+            except BaseException:
+                Chain(self.plugins[:number]).detach()  # a chain that cannot be attached leaves the model as it was
+                raise
 
     def advance(self, clock: Clock) -> Change:
         changes = [plugin.advance(clock) for plugin in self.plugins]

@@ -27,9 +27,10 @@ class ProgressiveGrowth(Staged):
         init: Literal["random", "copy_previous"] = "random",
         adapters: Literal["auto", "none"] = "auto",
         stem: Sequence[str] | None = None,
+        tail: Sequence[str] | None = None,
         targets: Literal["auto"] | dict[str, str] = "auto",
     ) -> None:
-        super().__init__(blocks, blocks_per_stage, periods_per_stage, init, True, adapters, stem, targets)
+        super().__init__(blocks, blocks_per_stage, periods_per_stage, init, True, adapters, stem, tail, targets)
         if warmup_periods < 0:
             raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more periods")
         self.warmup_periods = warmup_periods

@@ -29,6 +29,7 @@ class Staged(Plugin):
         adapters: a linear layer from the newest block's width to the last block's, for stages where they differ:
             ``"auto"``, or ``"none"`` where what follows the blocks takes any width.
         stem: what comes before the blocks (paths of modules or parameters); by default what their parent registers before them.
+        tail: what comes after the blocks, where their parent registers some of it before them; it always trains.
         targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
 
     Raises:
@@ -44,6 +45,7 @@ class Staged(Plugin):
         grow: bool = True,
         adapters: Literal["auto", "none"] = "auto",
         stem: Sequence[str] | None = None,
+        tail: Sequence[str] | None = None,
         targets: Literal["auto"] | dict[str, str] = "auto",
     ) -> None:
         for name, value in (("blocks_per_stage", blocks_per_stage), ("periods_per_stage", periods_per_stage)):
@@ -59,6 +61,7 @@ class Staged(Plugin):
         self.grow = grow
         self.adapters = adapters
         self.stem = stem
+        self.tail = tail
         self.targets = targets
         self._frozen: list[nn.Module] = []
 
@@ -74,7 +77,7 @@ class Staged(Plugin):
     # -- the verbs ------------------------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         self._model = model
-        self._tower = find_blocks(model, self.blocks, self.stem)
+        self._tower = find_blocks(model, self.blocks, self.stem, self.tail)
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
         pairs = [(self._tower.moved(online, online), self._tower.moved(online, target)) for target, online in targets.items()]
         self._pairs = [(leader, follower) for leader, follower in pairs if leader is not None and follower is not None]

@@ -141,6 +141,13 @@ class ImageData(LightningDataModule):
         cells = owner[known] * self.num_classes + labels[known]
         return cells.bincount(minlength=self.num_clients * self.num_classes).view(self.num_clients, self.num_classes)
 
+    def describe(self) -> dict[str, str]:
+        """What decides which batches are drawn: a run goes on only with the same."""
+        names = ["dataset", "image_size", "views", "augment", "augmentation", "second_view", "client_val_fraction", "val_fraction"]
+        names += ["test_fraction", "limit_train", "seed", "plan"]
+        divided = {"partition": f"{type(self.partition).__name__}({vars(self.partition)})"}
+        return {name: repr(getattr(self, name)) for name in names} | divided
+
     # -- for a federation -----------------------------------------------------------------------------------------
     def steps_per_visit(self, client: int, epochs: int) -> int:
         """Batches that one visit to ``client`` takes."""

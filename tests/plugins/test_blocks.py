@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from featherlight.plugins import find_blocks
+from featherlight.plugins import Clock, LayerFreezing, find_blocks
 
 STEM = ("cls_token", "pos_embed", "embed")
 
@@ -190,3 +190,26 @@ def test_enclosing_modules_come_innermost_first(make_resnet):
     model = Trainee(make_resnet())
     inner = model.backbone.layer1
     assert find_blocks(model, "backbone.layer*.*").enclosing(1) == [inner[1], inner, model.backbone]
+
+
+def test_a_tail_registered_before_the_blocks_is_named_out_of_the_stem() -> None:
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    assert find_blocks(Early(), "layers.*").stem == ("embed", "head")
+    assert find_blocks(Early(), "layers.*", tail=["head"]).stem == ("embed",)
+    with pytest.raises(ValueError, match='"head" is named as stem and as tail'):
+        find_blocks(Early(), "layers.*", stem=["embed", "head"], tail=["head"])
+    with pytest.raises(ValueError, match="heat"):
+        find_blocks(Early(), "layers.*", tail=["heat"])
+
+
+def test_a_named_tail_trains_in_every_stage() -> None:
+    model = nn.ModuleDict({"embed": nn.Linear(4, 4), "head": nn.Linear(4, 2), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    plugin = LayerFreezing(["a", "b"], tail=["head"])
+    plugin.attach(model)
+    plugin.advance(Clock(1))
+    assert [model[name].weight.requires_grad for name in ("embed", "head", "a", "b")] == [False, True, False, True]

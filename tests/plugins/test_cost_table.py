@@ -107,14 +107,14 @@ def test_an_empty_table():
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("bytes_up", 0, "0 B"),
-        ("bytes_up", 1023, "1023 B"),
-        ("bytes_up", 1024, "1 KiB"),
-        ("saved_bytes", 62.2 * 2**20, "62.2 MiB"),
-        ("peak_bytes", 3 * 2**40, "3 TiB"),
-        ("params_held", 444_864, "445 k"),
+        ("bytes_up", 0, "0B"),
+        ("bytes_up", 1023, "1023B"),
+        ("bytes_up", 1024, "1KiB"),
+        ("saved_bytes", 62.2 * 2**20, "62.2MiB"),
+        ("peak_bytes", 3 * 2**40, "3TiB"),
+        ("params_held", 444_864, "445k"),
         ("params_held", 999, "999"),
-        ("flops_forward", 2.5e12, "2.5 T"),
+        ("flops_forward", 2.5e12, "2.5T"),
         ("seconds", 1.005, "1.00"),
         ("rounds", 12.0, "12"),
     ],
@@ -128,4 +128,4 @@ def test_a_table_as_text(table):
     assert lines[0] == list(HEADINGS.values())
     assert [line[0] for line in lines[1:]] == ["1", "2", "total"]
     assert {len(line) for line in lines} == {len(KEYS)}
-    assert text_rows(table, ["stage", "bytes_up"])[1:] == [["1", "40 B"], ["2", "32 B"], ["total", "112 B"]]
+    assert text_rows(table, ["stage", "bytes_up"])[1:] == [["1", "40B"], ["2", "32B"], ["total", "112B"]]
