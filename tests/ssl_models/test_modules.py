@@ -137,6 +137,15 @@ def test_heads_of_vit_tiny_have_the_weights_of_the_paper(model: type[SelfSupervi
         assert weights(heads.predictor) == 256 * 512 + 512 * 256 == 262_144
 
 
+def test_simclr_loss_is_lightlys() -> None:
+    from lightly.loss import NTXentLoss
+
+    from featherlight.ssl_models.simclr import nt_xent
+
+    z0, z1 = torch.randn(2, 6, 9)
+    torch.testing.assert_close(nt_xent(z0, z1, 0.2), NTXentLoss(0.2)(z0, z1))
+
+
 # -- momentum -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", [BYOL, MoCoV3])
 def test_target_moves_by_the_formula_where_the_online_branch_trains(model: type[SelfSupervised]) -> None:
