@@ -10,21 +10,50 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
 import featherlight.commands.parsing  # noqa: F401  brings our models and data under their short names
 from featherlight.callbacks import CostMonitor
 from featherlight.callbacks.host import PluginCallback
-from featherlight.commands.folders import folder_for
+from featherlight.commands.folders import folder_for, write_text
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.tables import metrics_line
+from featherlight.commands.trainer_checkpoint import check_readable, check_same_run
 from featherlight.plugins.cost_table import CostTable
 from featherlight.ssl_models.probes import Probe
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration into the run's folder, too, once all processes know which that is; resuming compares with it."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+
+
 class CLI(LightningCLI):
     """Adds probes after training, a checkpoint at every epoch's end, and a CostMonitor where none is configured."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        if path and path not in ("best", "last", "hpc"):
+            check_readable(Path(path))
+
+    def after_validate(self) -> None:
+        """Probe what was validated: models that learn without labels have no other figure."""
+        if self.trainer.is_global_zero:
+            metrics: dict[str, float] = {}
+            for probe in self._get(self.config_init, "probes", []):
+                metrics |= probe(self.model, self.datamodule)
+            if metrics:
+                Console().print(metrics_line(metrics))
+
+    after_test = after_validate
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged after training")
@@ -72,6 +101,9 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
     probes = cli._get(cli.config_init, "probes") if hasattr(cli, "config_init") else []
     last = checkpoints / "last.ckpt"
     start = str(last) if resume and last.exists() else None
+    if start is not None:
+        check_readable(last)
+        check_same_run(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
@@ -80,8 +112,8 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
     if cli.trainer.is_global_zero:
         for probe in probes:
             metrics |= probe(cli.model, cli.datamodule)
-        (folder / "cost.json").write_text(json.dumps(monitor.table.to_json(), indent=2))
-        (folder / "result.json").write_text(json.dumps({"metrics": metrics}, indent=2))
+        write_text(folder / "cost.json", json.dumps(monitor.table.to_json(), indent=2))
+        write_text(folder / "result.json", json.dumps({"metrics": metrics}, indent=2))
     return monitor.table.total(), metrics
 
 
@@ -126,6 +158,7 @@ def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> 
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "prog": f"featherlight {command}"},
@@ -147,10 +180,12 @@ def _build(cli: Any, name: str) -> Any:
 
 
 def _name(arguments: list[str]) -> str:
-    for place, word in enumerate(arguments[:-1]):
-        if word in ("-c", "--config"):
-            return Path(arguments[place + 1]).stem
-    return "fit"
+    names = [
+        Path(word.split("=", 1)[1] if "=" in word else after).stem
+        for word, after in zip(arguments, [*arguments[1:], "fit"])
+        if word.split("=", 1)[0] in ("-c", "--config")
+    ]
+    return names[0] if names else "fit"
 
 
 __all__ = ["fit", "predict_fit", "run"]

@@ -1,5 +1,7 @@
 """``featherlight fit``, ``validate`` and ``test``: what they save, refuse and tell."""
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,55 @@ def test_no_weights_are_saved_that_are_not_finite(steps: int, capsys: pytest.Cap
     assert "is not finite at epoch" in error(capsys)
     for path in Path("runs").rglob("*.ckpt"):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+class Malice:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("content", [b"", pickle.dumps(Malice()), b"PK\x03\x04 cut"], ids=["empty", "malicious", "cut"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_damaged_or_malicious_checkpoint_is_refused(command: str, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    LAST.parent.mkdir(parents=True)
+    LAST.write_bytes(content)
+    assert run(command, "-c", "small.yaml", *(["--resume"] if command == "fit" else ["--ckpt_path", LAST])) == 2
+    assert "cannot be read: damaged, or not tensors and plain data alone" in error(capsys)
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_code_inside_a_zip_checkpoint_is_not_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    LAST.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, "more": Malice()}, LAST)
+    assert run(command, "-c", "small.yaml", *(["--resume"] if command == "fit" else ["--ckpt_path", LAST])) == 2
+    assert "cannot be read" in error(capsys)
+    assert not Path("owned").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("validate", "-c", "small.yaml", "--ckpt_path", "nowhere.ckpt") == 2
+    assert "nowhere.ckpt does not exist" in error(capsys)
+
+
+def test_a_run_goes_on_only_with_its_own_model_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "-c", "small.yaml") == 0
+    for option, value, told in [
+        ("--model.init_args.optimizer", "adamw", "model.init_args.optimizer was sgd, now adamw"),
+        ("--data.init_args.batch_size", 64, "data.init_args.batch_size was 32, now 64"),
+    ]:
+        capsys.readouterr()
+        assert run("fit", "-c", "small.yaml", "--resume", option, value) == 2
+        assert told in error(capsys)
+    assert run("fit", "--config=small.yaml", "--resume", "--trainer.max_epochs=2", "--data.init_args.root=elsewhere") == 0
+    assert torch.load(LAST, weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_probes_judge_the_loaded_checkpoint(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "-c", "small.yaml", "--model.init_args.lr=0.1") == 0
+    told = capsys.readouterr().out.split()
+    figure = told[told.index("knn") + 1]
+    assert run(command, "-c", "small.yaml", "--ckpt_path", LAST) == 0
+    told = capsys.readouterr().out.split()
+    assert told[told.index("knn") + 1] == figure

@@ -1,0 +1,74 @@
+"""A Trainer's checkpoint before Lightning opens it: whole, tensors and plain data alone, and of the run that goes on from it."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+FREE = frozenset({"data.init_args.root", "data.init_args.download", "data.init_args.num_workers", "data.init_args.in_memory_bytes"})
+"""Settings that say where data lie and how they are read, not what is trained."""
+
+
+def check_readable(path: Path) -> None:
+    """Load ``path`` once, without running any code that it may hold.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else than a Trainer's checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path} does not exist") from error
+    except Exception as error:  # whatever damaged bytes make of an unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint {path} cannot be read: damaged, or not tensors and plain data alone ({reason})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is not a Trainer's checkpoint: it has no state_dict")
+
+
+def check_same_run(saved: Path, now: str) -> None:
+    """Refuse to go on with another model or other data than the run's saved configuration names.
+
+    Args:
+        saved: the run's ``config.yaml``; a run without one is let pass.
+        now: today's configuration, as YAML.
+
+    Raises:
+        ValueError: names the first setting that differs, with both values.
+    """
+    if not saved.exists():
+        return
+    before, after = _settings(saved.read_text()), _settings(now)
+    for name in sorted((before.keys() | after.keys()) - FREE):
+        if before.get(name) != after.get(name):
+            raise ValueError(
+                f"{saved.parent} is of another run: {name} was {before.get(name)}, now {after.get(name)}; "
+                "use the same model and data, or start anew without --resume"
+            )
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Model and data of a configuration, flat: ``{"model.init_args.lr": 0.1, …}``."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the run's config.yaml is not YAML: {error}") from error
+    flat: dict[str, Any] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key in value:
+                visit(f"{name}.{key}", value[key])
+        else:
+            flat[name] = value
+
+    for section in ("model", "data"):
+        visit(section, content.get(section) if isinstance(content, dict) else None)
+    return flat
