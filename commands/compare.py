@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from featherlight.commands.folders import folder_for
+from featherlight.commands.folders import folder_for, write_text
 from featherlight.commands.parsing import is_federated, parse
 from featherlight.commands.tables import comparison_table
 
@@ -59,13 +60,14 @@ def find(paths: list[str]) -> list[Path]:
 
 def compare(files: list[Path], out: Path, resume: bool, console: Console) -> list[dict[str, Any]]:
     """Run ``files`` one after the other, each in a folder of its own below ``out``, and write the comparison."""
+    for file in files:
+        _finished(file, out / file.stem, resume)  # changed since? say so before the first run starts
     runs = []
     for number, file in enumerate(files, 1):
         console.print(f"[bold]{number}/{len(files)} {file.stem}")
         runs.append(_one(file, out / file.stem, resume))
     content = {"runs": runs}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.json").write_text(json.dumps(content, indent=2))
+    write_text(out / "comparison.json", json.dumps(content, indent=2))
     _write_csv(out / "comparison.csv", runs)
     from featherlight.commands.picture import draw
 
@@ -76,9 +78,9 @@ def compare(files: list[Path], out: Path, resume: bool, console: Console) -> lis
 
 
 def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
-    finished = folder / "run.json"
-    if resume and finished.exists():
-        return json.loads(finished.read_text())
+    if (kept := _finished(file, folder, resume)) is not None:
+        return kept
+    digest = _digest(file)
     if is_federated(file):
         from featherlight.commands.federate import federate
 
@@ -88,9 +90,33 @@ def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
         from featherlight.commands.lightning_run import fit
 
         cost, metrics = fit(["-c", str(file)], folder, resume)
-    entry = {"name": file.stem, "config": str(file), "cost": cost, "metrics": metrics}
-    finished.write_text(json.dumps(entry, indent=2))
+    entry = {"name": file.stem, "config": str(file), "digest": digest, "cost": cost, "metrics": metrics}
+    write_text(folder / "run.json", json.dumps(entry, indent=2))
     return entry
+
+
+def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """What a finished run of ``file`` left in ``folder``, when resuming.
+
+    Raises:
+        ValueError: the file has changed since, or ``run.json`` cannot be read.
+    """
+    path = folder / "run.json"
+    if not (resume and path.exists()):
+        return None
+    try:
+        entry = json.loads(path.read_text())
+        digest = entry.get("digest")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {folder} to run {file} again") from error
+    if digest != _digest(file):
+        raise ValueError(f"{file} has changed since it ran; remove {folder} to run it again, or compare into another folder with --out")
+    return entry
+
+
+def _digest(file: Path) -> str:
+    """A fingerprint of a configuration's text."""
+    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
 
 
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:

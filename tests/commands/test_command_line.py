@@ -113,6 +113,21 @@ def test_compare_puts_runs_side_by_side_and_keeps_what_is_finished(config: Path,
     assert (config.parent / "runs" / "ways-2" / "comparison.json").exists()
 
 
+def test_compare_does_not_keep_a_run_whose_file_has_changed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", config, "--out", "out") == 0
+    figures = Path("out/small/run.json").read_bytes()
+    config.write_text(config.read_text().replace("hidden_dim: 16", "hidden_dim: 32"))
+    assert run("compare", config, "--out", "out", "--resume") == 2
+    told = capsys.readouterr().err
+    assert f"{config} has changed since it ran" in told
+    assert "remove out/small" in told
+    assert "--out" in told
+    assert Path("out/small/run.json").read_bytes() == figures
+    Path("out/small/run.json").write_text("{")
+    assert run("compare", config, "--out", "out", "--resume") == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_fit_trains_with_callbacks_probes_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (
