@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from featherlight.commands.folders import folder_for
+from featherlight.commands.folders import folder_for, write_text
 from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.tables import cost_table, metrics_line
-from featherlight.fed_loop import Result
+from featherlight.fed_loop import Federation, Result
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -38,13 +41,34 @@ def federate(arguments: list[str], resume: bool = False, folder: Path | None = N
     parser = federated_parser()
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run's folder")
     config = parse(parser, arguments)
+    given = config.federation.folder is not None or folder is not None
     if config.federation.folder is None:
         name = Path(str(config.config[-1])).stem if config.config else "federation"
         config.federation.folder = str(folder if folder is not None else folder_for(name, resume))
     parts = Parts(parser, config)
     federation = parts.federation()
-    module, data = parts.module(), parts.data()
-    result = federation.run(module, data, parts.plugins(), parts.probes(), parts.loggers(), resume=resume)
+    module, data, plugins, probes, loggers = parts.module(), parts.data(), parts.plugins(), parts.probes(), parts.loggers()
+    text = parser.dump(config, skip_none=False, skip_check=True)
+    with _told_before(federation, text, given):
+        result = federation.run(module, data, plugins, probes, loggers, resume=resume)
     if federation.folder is not None and federation.is_first:
-        parser.save(config, federation.folder / "config.yaml", overwrite=True, skip_check=True)
+        write_text(federation.folder / "config.yaml", text)
     return result, federation.folder, federation.is_first
+
+
+@contextmanager
+def _told_before(federation: Federation, text: str, given: bool) -> Iterator[None]:
+    """``config.yaml`` is there from before the first round, and goes again if the run comes to nothing."""
+    path = None if federation.folder is None else federation.folder / "config.yaml"
+    several = federation.compute["devices"] not in (1, "1") or federation.compute["num_nodes"] > 1
+    if path is None or path.exists() or rank_zero_only.rank != 0 or (several and not given):  # type: ignore[attr-defined]
+        yield  # several processes each number their folder: it must not be there before all of them have
+        return
+    write_text(path, text)
+    try:
+        yield
+    except BaseException:
+        if [*path.parent.iterdir()] == [path]:
+            path.unlink()
+            path.parent.rmdir()
+        raise

@@ -151,9 +151,17 @@ def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> 
         def instantiate_classes(self) -> None:
             """Parsed only: whoever asked builds what it needs, where it needs it."""
 
+    class Helping(CLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            super().add_arguments_to_parser(parser)
+            parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
+
+    helping = command == "fit" and any(word in ("-h", "--help") for word in arguments)
+    kind = Helping if helping else CLI if build else Unbuilt
+
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # we give it the command line's own, without our options
     try:
-        return (CLI if build else Unbuilt)(
+        return kind(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

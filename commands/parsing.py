@@ -9,7 +9,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import featherlight.ssl_models.byol
 import featherlight.ssl_models.classifier
@@ -35,7 +35,12 @@ def federated_parser() -> ArgumentParser:
     parser.add_argument("--plugins", type=list[Plugin], default=[], help="methods, in the order in which they encode what travels")
     parser.add_class_arguments(Federation, "federation")
     parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged")
-    parser.add_argument("--loggers", type=list[Logger], default=[], help="Lightning loggers, such as WandbLogger")
+    parser.add_argument(
+        "--loggers",
+        type=list[Logger] | None,
+        default=None,
+        help="Lightning loggers, such as WandbLogger; TensorBoard in the run's folder if left out, none if []",
+    )
     return parser
 
 
@@ -105,6 +110,10 @@ class Parts:
         return self._build("probes")
 
     def loggers(self) -> list[Logger]:
+        """As configured; by default TensorBoard's, in the run's folder, which is opened at the first row."""
+        folder = self._config.federation.folder
+        if self._config.loggers is None:
+            return [TensorBoardLogger(folder, name="", version="tensorboard")] if folder is not None else []
         return self._build("loggers")
 
     def _build(self, name: str) -> Any:
@@ -115,7 +124,7 @@ class Parts:
 
 
 def _add_one(parser: ArgumentParser, name: str) -> None:
-    kinds: dict[str, Any] = {"plugins": list[Plugin], "probes": list[Probe], "loggers": list[Logger]}
+    kinds: dict[str, Any] = {"plugins": list[Plugin], "probes": list[Probe], "loggers": list[Logger] | None}
     if name in kinds:
         parser.add_argument(f"--{name}", type=kinds[name])
     elif name == "federation":

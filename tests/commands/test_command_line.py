@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from featherlight.cli import COMMANDS, main
+from featherlight.fed_loop import Federation, Result
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -55,6 +56,41 @@ def test_federate_writes_metrics_costs_configuration_and_checkpoints(config: Pat
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["round-000003.ckpt", "round-000004.ckpt"]
     assert run("federate", "-c", folder / "config.yaml", "--federation.folder", config.parent / "again") == 0
     assert rows_of(config.parent / "again" / "metrics.jsonl")[-1]["loss"] == history[-1]["loss"]
+
+
+def test_the_configuration_is_written_before_the_first_round(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    go = Federation.run
+
+    def spy(federation: Federation, *arguments: Any, **options: Any) -> Result:
+        assert federation.folder is not None
+        seen.append((federation.folder / "config.yaml").read_text())
+        return go(federation, *arguments, **options)
+
+    monkeypatch.setattr(Federation, "run", spy)
+    assert run("federate", "-c", config, "--federation.rounds", 2) == 0
+    assert run("federate", "-c", config, "--federation.cohort", 3, "--resume") == 2  # another run: what is there stays
+    assert "cohort: 2" in seen[0]
+    assert seen[1] == seen[0] == Path("runs/small/config.yaml").read_text()
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(config: Path) -> None:
+    assert run("federate", "-c", config, "--federation.cohort", 9) == 2
+    assert not Path("runs/small").exists()
+
+
+def test_federate_writes_for_tensorboard_unless_told_otherwise(config: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("federate", "-c", config, "--federation.rounds", 2) == 0
+    events = EventAccumulator("runs/small/tensorboard").Reload()
+    rows = rows_of(Path("runs/small/metrics.jsonl"))
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == [(row["round"], pytest.approx(row["loss"])) for row in rows]
+    config.write_text(config.read_text() + "loggers: []\n")
+    assert run("federate", "-c", config, "--federation.rounds", 1) == 0
+    assert Path("runs/small-2/metrics.jsonl").exists()
+    assert not Path("runs/small-2/tensorboard").exists()
 
 
 def test_an_interrupted_run_resumes_to_the_same_figures(config: Path) -> None:

@@ -139,3 +139,16 @@ def test_probes_judge_the_loaded_checkpoint(command: str, capsys: pytest.Capture
     assert run(command, "-c", "small.yaml", "--ckpt_path", LAST) == 0
     told = capsys.readouterr().out.split()
     assert told[told.index("knn") + 1] == figure
+
+
+def test_help_of_fit_tells_of_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--help") == 0
+    assert "--resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["-c", "a/way.yaml"], ["-c=a/way.yaml"], ["--config=a/way.yaml"], ["--config", "a/way.yaml"]])
+def test_a_run_is_named_after_its_file_however_that_is_given(words: list[str]) -> None:
+    from featherlight.commands.lightning_run import _name
+
+    assert _name(["--trainer.max_epochs=1", *words, "--trainer.devices", "1"]) == "way"
+    assert _name(["--trainer.max_epochs=1"]) == "fit"
