@@ -19,7 +19,7 @@ from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for, write_text
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.tables import metrics_line
-from featherlight.commands.trainer_checkpoint import check_readable, check_same_run
+from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run
 from featherlight.plugins.cost_table import CostTable
 from featherlight.ssl_models.probes import Probe
 
@@ -65,6 +65,7 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, CostMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(CostMonitor())  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, FiniteGuard())  # type: ignore[attr-defined]  # ahead of ModelCheckpoint, which is last
+        trainer.strategy.checkpoint_io = WholeFiles()
         return trainer
 
 

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 FREE = frozenset({"data.init_args.root", "data.init_args.download", "data.init_args.num_workers", "data.init_args.in_memory_bytes"})
 """Settings that say where data lie and how they are read, not what is trained."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside the one it replaces, flushes it to disk, then renames: a full disk or a kill leaves the old one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """As Lightning's own, in place of writing over ``path``.
+
+        Raises:
+            OSError: the disk is full or cannot be written; ``path`` is as it was.
+        """
+        final = Path(path)
+        partial = final.with_name(f".{final.name}.partial")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(final)
+        except (OSError, RuntimeError) as error:
+            kept = f"; {final} is as it was before" if final.exists() else ""
+            raise OSError(f"cannot write checkpoint {final} ({error}){kept}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def check_readable(path: Path) -> None:

@@ -1,5 +1,6 @@
 """``featherlight fit``, ``validate`` and ``test``: what they save, refuse and tell."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -152,3 +153,17 @@ def test_a_run_is_named_after_its_file_however_that_is_given(words: list[str]) -
 
     assert _name(["--trainer.max_epochs=1", *words, "--trainer.devices", "1"]) == "way"
     assert _name(["--trainer.max_epochs=1"]) == "fit"
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "-c", "small.yaml") == 0
+    before = weights()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("fit", "-c", "small.yaml", "--resume", "--trainer.max_epochs=9") == 2
+    assert "No space left on device" in error(capsys)
+    assert all(torch.equal(value, before[name]) for name, value in weights().items())
+    assert not list(LAST.parent.glob(".*partial"))
