@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -81,7 +84,9 @@ def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
     if (kept := _finished(file, folder, resume)) is not None:
         return kept
     digest = _digest(file)
-    if is_federated(file):
+    if _processes(file) not in (1, "1", None):
+        cost, metrics = _in_a_process_of_its_own(file, folder, resume)
+    elif is_federated(file):
         from featherlight.commands.federate import federate
 
         result, _, _ = federate(["-c", str(file), f"--federation.folder={folder}"], resume=resume)
@@ -93,6 +98,30 @@ def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
     entry = {"name": file.stem, "config": str(file), "digest": digest, "cost": cost, "metrics": metrics}
     write_text(folder / "run.json", json.dumps(entry, indent=2))
     return entry
+
+
+def _processes(file: Path) -> object:
+    """How many processes the configuration asks for."""
+    content = yaml.safe_load(file.read_text())
+    return (content.get("federation") or content.get("trainer") or {}).get("devices")
+
+
+def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """A run that starts further processes starts its own command again in them: that must be this run, not the comparison.
+
+    Raises:
+        ValueError: the run failed, or it is one for a Trainer.
+    """
+    if not is_federated(file):
+        raise ValueError(f"{file} trains on several devices; run it with featherlight fit, compare takes one device for a Trainer")
+    command = [sys.executable, "-m", "featherlight", "federate", "-c", str(file), f"--federation.folder={folder}"]
+    done = subprocess.run([*command, *(["--resume"] if resume else [])], check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise ValueError(f"the run of {file} ended with exit code {done.returncode}, see above")
+    cost = json.loads((folder / "cost.json").read_text())["total"]
+    return cost, json.loads((folder / "result.json").read_text())["metrics"]
 
 
 def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:
