@@ -100,8 +100,19 @@ def test_from_a_configuration_file(tmp_path):
 
 
 ARGUMENTS = {
-    LayerFreezing: {"blocks", "blocks_per_stage", "periods_per_stage", "init", "grow", "adapters", "stem", "targets", "seed"},
-    ProgressiveGrowth: {"blocks", "blocks_per_stage", "periods_per_stage", "warmup_periods", "init", "adapters", "stem", "targets", "seed"},
+    LayerFreezing: {"blocks", "blocks_per_stage", "periods_per_stage", "init", "grow", "adapters", "stem", "tail", "targets", "seed"},
+    ProgressiveGrowth: {
+        "blocks",
+        "blocks_per_stage",
+        "periods_per_stage",
+        "warmup_periods",
+        "init",
+        "adapters",
+        "stem",
+        "tail",
+        "targets",
+        "seed",
+    },
     DepthDropout: {"blocks", "rate", "max_kept", "every", "scale", "targets", "seed"},
     CostMonitor: {"show"},
     FreshStart: {"seed"},

@@ -164,6 +164,18 @@ def test_compare_does_not_keep_a_run_whose_file_has_changed(config: Path, capsys
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_compare_runs_configurations_of_two_processes(config: Path) -> None:
+    folder = config.parent / "ways"
+    folder.mkdir()
+    text = config.read_text().replace("rounds: 4", "rounds: 1")
+    (folder / "one.yaml").write_text(text)
+    (folder / "two.yaml").write_text(text.replace("accelerator: cpu", "accelerator: cpu, devices: 2"))
+    assert run("compare", folder, "--out", "out") == 0
+    one, two = json.loads(Path("out/comparison.json").read_text())["runs"]
+    assert one["metrics"] == two["metrics"]
+    assert {**one["cost"], "seconds": 0} == {**two["cost"], "seconds": 0}
+
+
 def test_fit_trains_with_callbacks_probes_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (
