@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from featherlight.fed_loop.checkpoint import read_plain
 
 FREE = frozenset({"data.init_args.root", "data.init_args.download", "data.init_args.num_workers", "data.init_args.in_memory_bytes"})
 """Settings that say where data lie and how they are read, not what is trained."""
@@ -46,16 +47,7 @@ def check_readable(path: Path) -> None:
     Raises:
         ValueError: the file is missing, damaged, or holds something else than a Trainer's checkpoint.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {path} does not exist") from error
-    except Exception as error:  # whatever damaged bytes make of an unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint {path} cannot be read: damaged, or not tensors and plain data alone ({reason})") from error
+    content = read_plain(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Trainer's checkpoint: it has no state_dict")
 

@@ -56,7 +56,19 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load a checkpoint; only tensors and plain data, never code.
+    """Load a federation's checkpoint.
+
+    Raises:
+        ValueError: as for :func:`read_plain`, or it is not a federation's.
+    """
+    state = read_plain(path)
+    if not isinstance(state, dict) or "round" not in state:
+        raise ValueError(f"{path} is not a checkpoint of a federation")
+    return state
+
+
+def read_plain(path: Path) -> Any:
+    """Load what ``torch.save`` wrote; only tensors and plain data, never code.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else (a malicious pickle, for one).
@@ -65,15 +77,12 @@ def read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
     except Exception as error:  # whatever damaged bytes make of an unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint {path} cannot be read: damaged, or not tensors and plain data alone ({reason})") from error
-    if not isinstance(state, dict) or "round" not in state:
-        raise ValueError(f"{path} is not a checkpoint of a federation")
-    return state
 
 
 def check_same_run(path: Path, before: dict[str, str], now: dict[str, str]) -> None:

@@ -68,9 +68,6 @@ class Processes:
             for value in values:
                 torch.distributed.broadcast(value, src=0)
 
-    def barrier(self) -> None:
-        self._outer.barrier()
-
     def gather(self, item: Any) -> list[Any]:
         """Everybody's ``item`` (plain data), in the order of ranks: as JSON, since nothing here is ever unpickled."""
         if self.size == 1:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from featherlight.plugins.adapters import WidthAdapter, make_adapters
+from featherlight.plugins.adapters import make_adapters
 from featherlight.plugins.base import Change, Clock, Plugin
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.bypass import make_bypassable, restore, set_absent, set_bypassed
@@ -224,6 +224,3 @@ class Staged(Plugin):
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(value.shape) for value in module.state_dict(keep_vars=True).values()]
-
-
-__all__ = ["ADAPTERS", "Staged", "WidthAdapter"]
