@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featherlight.plugins.bypass import is_absent
+from featherlight.plugins.bypass import is_absent, is_bypassed
 from featherlight.plugins.present import held
 
 _IGNORE = "_ddp_params_and_buffers_to_ignore"  # torch's own name; DDP reads it from the module that it wraps
@@ -57,10 +57,10 @@ def check_all_used(strategy: Strategy, module: nn.Module) -> None:
     if not isinstance(wrapped, DistributedDataParallel) or wrapped.find_unused_parameters:
         return
     for path, block in module.named_modules():
-        if not block.__dict__.get("_bypassed_by") or is_absent(block):
+        if not is_bypassed(block) or is_absent(block):
             continue
         if any(parameter.requires_grad for parameter in block.parameters()):
             raise MisconfigurationException(
-                f'this step leaves out block "{path}", which trains, and DDP waits for its gradients: draw once an epoch '
-                "(every='round'), or use strategy='ddp_find_unused_parameters_true'"
+                f'this step leaves out block "{path}", which trains, and DDP waits for its gradients: let plugins choose what is left out '
+                "once an epoch rather than in every batch, or use strategy='ddp_find_unused_parameters_true'"
             )

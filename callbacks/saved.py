@@ -16,7 +16,7 @@ KEY = "featherlight"
 
 
 class Brought:
-    """The entries of ``state_dict`` that are there only while plugins are attached (width adapters)."""
+    """The entries of ``state_dict`` that are there only while plugins are attached."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()

@@ -82,6 +82,11 @@ def set_bypassed(block: nn.Module, owner: str, on: bool) -> None:
     _mark(block, "_bypassed_by", owner, on)
 
 
+def is_bypassed(block: nn.Module) -> bool:
+    """Whether anybody makes the forward pass skip ``block``."""
+    return bool(block.__dict__.get("_bypassed_by"))
+
+
 def set_absent(module: nn.Module, owner: str, on: bool) -> None:
     """Whether ``module`` is not there at all on ``owner``'s account: not held, not computed, not sent."""
     _mark(module, "_absent_for", owner, on)

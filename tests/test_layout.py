@@ -133,21 +133,41 @@ def test_help_answers_without_loading_torch() -> None:
 
 # -- hosts name no method ---------------------------------------------------------------------------------------------
 METHODS = re.compile(
-    r"Layer_?Freezing|Depth_?Dropout|Progressive_?Growth|WidthAdapter|\bStaged\b|depth[ -]dropout|progressive[ -]growth|PriSM|EcoFed",
+    r"layer[ _-]?(freezing|wise)|\bfreezing\b|depth[ _-]?dropout|growth|width[ _-]?adapter|\bStaged\b|prism|intrinsic|ecofed"
+    r"|\b(every|rate|max_kept|blocks|blocks_per_stage|periods_per_stage|warmup_periods|grow|init|adapters|rank|keep)=",
     re.IGNORECASE,
 )
+HOSTS = [
+    *sources("fed_loop"),
+    *(ROOT / "callbacks" / f"{name}.py" for name in ("cost_monitor", "fresh_start", "host", "parallel", "saved")),
+]
+
+
+@pytest.mark.parametrize("path", HOSTS, ids=lambda p: p.name)
+def test_hosts_name_no_method_and_no_argument_of_one(path: Path) -> None:
+    assert not [found.group() for found in METHODS.finditer(path.read_text())]
+
+
+def test_every_callback_is_a_host_or_named_after_its_method() -> None:
+    methods = {path.name for path in sources("plugins") if METHODS.search(path.stem)}
+    assert {path.name for path in sources("callbacks")} == {path.name for path in HOSTS if path.parent.name == "callbacks"} | {
+        "__init__.py",
+        *(path.name for path in sources("callbacks") if path.name in methods),
+    }
 
 
 @pytest.mark.parametrize(
-    "path", [*sources("fed_loop"), ROOT / "callbacks" / "host.py", ROOT / "callbacks" / "saved.py"], ids=lambda p: p.name
+    "name",
+    "LayerFreezing layer_freezing layer-wise DepthDropout depth-dropout ProgressiveGrowth WidthAdapter PriSM prism.factors "
+    "IntrinsicSubspace EcoFed (every='round') grow=False rate=0.5".split(),
 )
-def test_hosts_name_no_method(path: Path) -> None:
-    assert not METHODS.findall(path.read_text())
-
-
-@pytest.mark.parametrize("name", ["LayerFreezing", "layer_freezing", "DepthDropout", "depth dropout", "ProgressiveGrowth", "WidthAdapter"])
 def test_the_pattern_finds_the_methods(name: str) -> None:
     assert METHODS.search(f"x = {name}")
+
+
+@pytest.mark.parametrize("name", ["evaluate_every=2", "trains and is frozen", "the model's own dropout", "the run may grow", "lr_rate=1"])
+def test_the_pattern_leaves_other_words_alone(name: str) -> None:
+    assert not METHODS.search(name)
 
 
 # -- docstrings -------------------------------------------------------------------------------------------------------

@@ -50,5 +50,5 @@ def test_costs_are_a_rank_s_own(folder):
 def test_a_step_without_a_training_block_is_refused_and_not_hung(folder):
     message = (folder / "refused.txt").read_text()
     assert 'leaves out block "encoder.' in message
-    assert "every='round'" in message
+    assert "once an epoch rather than in every batch" in message
     assert "ddp_find_unused_parameters_true" in message

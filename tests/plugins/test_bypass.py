@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from featherlight.plugins import bypass
-from featherlight.plugins.bypass import is_absent, make_bypassable, restore, set_absent, set_bypassed
+from featherlight.plugins.bypass import is_absent, is_bypassed, make_bypassable, restore, set_absent, set_bypassed
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def test_a_block_stays_bypassed_until_the_last_owner_lets_go(model, x):
         set_bypassed(model[1], owner, True)
     set_bypassed(model[1], "one", False)
     set_bypassed(model[1], "stranger", False)
+    assert [is_bypassed(block) for block in model] == [False, True, *[False] * (len(model) - 2)]
     assert model[1](x) is x
     set_bypassed(model[1], "other", False)
     assert torch.equal(model[1](x), torch.relu(model[1][0](x)))

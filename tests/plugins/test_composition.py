@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from featherlight.plugins import Chain, Clock, DepthDropout, LayerFreezing, ProgressiveGrowth, Visit, held, trained
+from featherlight.plugins.bypass import is_bypassed
 from featherlight.plugins.optimizer_state import check_covered, release
 
 BLOCKS = {"tiny": "layers.*", "vit": "blocks.*", "resnet": "layer*"}
@@ -28,7 +29,7 @@ def build(make_tiny, make_vit, make_small_resnet, make_byol):
 
 def left_out(model, prefix):
     """Paths below ``prefix`` of the blocks that the forward pass skips."""
-    return {name for name, module in model.named_modules() if name.startswith(prefix) and getattr(module, "_bypassed_by", None)}
+    return {name for name, module in model.named_modules() if name.startswith(prefix) and is_bypassed(module)}
 
 
 @pytest.mark.parametrize("every", ["round", "batch"])

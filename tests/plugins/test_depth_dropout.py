@@ -11,6 +11,7 @@ from torch import nn
 
 from featherlight.plugins import Chain, Clock, DepthDropout, LayerFreezing, ProgressiveGrowth, Visit, held, trained
 from featherlight.plugins.adapters import keeps_shape
+from featherlight.plugins.bypass import is_bypassed
 from featherlight.plugins.present import count
 
 
@@ -23,7 +24,7 @@ def attached(model, **arguments):
 
 def dropped(model, pattern="layer"):
     """Paths of the blocks that the forward pass skips."""
-    return {name for name, module in model.named_modules() if name.startswith(pattern) and getattr(module, "_bypassed_by", None)}
+    return {name for name, module in model.named_modules() if name.startswith(pattern) and is_bypassed(module)}
 
 
 def draw(model, plugin, visit, step=0):
