@@ -16,12 +16,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from featherlight.callbacks.host import stage_of
 from featherlight.plugins.cost_table import HEADINGS, CostTable, TurnCost, text_rows
 from featherlight.plugins.present import count, held, trained
-from featherlight.plugins.step_cost import StepCost, StepMeter
+from featherlight.plugins.step_cost import StepCost, StepMeter, count_samples
 
 
 @dataclass
@@ -104,7 +103,7 @@ class CostMonitor(pl.Callback):
             self._in_forward = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        samples = _samples(batch)
+        samples = count_samples(batch)
         self._epoch.samples += samples
         self._warm = True
         if self._meter is None:
@@ -188,11 +187,6 @@ class CostMonitor(pl.Callback):
         self.table.load_state_dict(state_dict["table"])
         self._epoch = _Epoch(**state_dict["epoch"])
         self._measured = {form: _Measured(**step) for form, step in state_dict["measured"].items()}
-
-
-def _samples(batch: Any) -> int:
-    """Samples in ``batch``: the length of its first tensor; 1 where there is none."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
 @rank_zero_only

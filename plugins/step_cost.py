@@ -97,6 +97,16 @@ class StepMeter:
         return value
 
 
+def count_samples(batch: Any) -> int:
+    """Samples in ``batch``: the length of its first tensor that has one, however nested; 1 where there is none.
+
+    Example:
+        >>> count_samples(({"scale": torch.tensor(2.0), "x": torch.ones(5, 3)}, torch.ones(4)))
+        5
+    """
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
 def _convolution_backward_flops(
     grad: Sequence[int],
     x: Sequence[int],

@@ -158,8 +158,10 @@ def test_every_callback_is_a_host_or_named_after_its_method() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "LayerFreezing layer_freezing layer-wise DepthDropout depth-dropout ProgressiveGrowth WidthAdapter PriSM prism.factors "
-    "IntrinsicSubspace EcoFed (every='round') grow=False rate=0.5".split(),
+    [
+        *("LayerFreezing", "layer_freezing", "layer-wise", "DepthDropout", "depth-dropout", "ProgressiveGrowth", "WidthAdapter", "PriSM"),
+        *("prism.factors", "IntrinsicSubspace", "EcoFed", "(every='round')", "grow=False", "rate=0.5"),
+    ],
 )
 def test_the_pattern_finds_the_methods(name: str) -> None:
     assert METHODS.search(f"x = {name}")

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from featherlight.plugins.step_cost import StepMeter
+from featherlight.plugins.step_cost import StepMeter, count_samples
 
 FLOAT = 4
 
@@ -214,3 +214,20 @@ def test_an_error_in_the_step_leaves_nothing_on():
         broken_step()
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
     assert cost_of(model, torch.ones(5, 4)).flops_forward == 560
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (torch.ones(3, 2), 3),
+        (([torch.ones(4, 2), torch.ones(4, 2)], torch.ones(4)), 4),
+        ({"length": 7, "t": torch.tensor(1.0), "x": torch.ones(2, 9)}, 2),
+        (torch.ones(0, 2), 0),
+        (torch.tensor(1.0), 1),
+        (["a text", "another"], 1),
+        (None, 1),
+    ],
+)
+def test_samples_are_counted_in_whatever_a_loader_gives(batch, samples):
+    assert count_samples(batch) == samples
