@@ -7,8 +7,7 @@ and the global random stream as it found them.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -43,6 +42,14 @@ class Probe:
         """``{name: figure}``."""
         raise NotImplementedError(f"{type(self).__name__} must say how it judges features")
 
+    def check(self, data: ProbeData) -> None:
+        """Find out before training what would stop this probe after it; no features are computed.
+
+        Raises:
+            ValueError: says what is missing.
+        """
+        data.probe_data()  # images that cannot be read and labels that are missing show here
+
 
 @dataclass(frozen=True)
 class KNN(Probe):
@@ -68,14 +75,28 @@ class KNN(Probe):
 
         with _set_aside(module):
             (bank, bank_labels), (queries, labels) = _both_parts(module, data, device)
-        if len(bank) < self.k:
-            raise ValueError(f"k={self.k} neighbours, but {len(bank)} training images: choose k up to {len(bank)}")
+        self._check_enough(len(bank))
         bank = normalize(bank, dim=1).T.contiguous()
         predicted = [
             knn_predict(chunk, bank, bank_labels, data.num_classes, self.k, self.temperature)[:, 0]
             for chunk in normalize(queries, dim=1).split(self.batch_size)
         ]
         return {"knn": _accuracy(torch.cat(predicted), labels, data.num_classes)}
+
+    def check(self, data: ProbeData) -> None:
+        """Count the training images, where their loader has a data set that knows how many there are.
+
+        Raises:
+            ValueError: fewer training images than neighbours.
+        """
+        train, _ = data.probe_data()
+        images = getattr(train, "dataset", None)
+        if isinstance(images, Sized):
+            self._check_enough(len(images))
+
+    def _check_enough(self, images: int) -> None:
+        if images < self.k:
+            raise ValueError(f"k={self.k} neighbours, but {images} training images: choose k up to {images}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +171,7 @@ class FineTune(Probe):
         Raises:
             ValueError: more epochs of warm-up than epochs.
         """
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs {self.epochs}")
+        self._check_lengths()
         device = _device_of(module, device)
         with _set_aside(module):
             train, test = data.probe_data()
@@ -169,7 +189,22 @@ class FineTune(Probe):
         predicted, truth = (torch.cat(part) for part in zip(*scored))
         return {"finetune": _accuracy(predicted, truth, data.num_classes)}
 
+    def check(self, data: ProbeData) -> None:
+        """As :class:`Probe`, and
+
+        Raises:
+            ValueError: more epochs of warm-up than epochs.
+        """
+        self._check_lengths()
+        super().check(data)
+
+    def _check_lengths(self) -> None:
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs {self.epochs}")
+
     def _train(self, network: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+        from lightly.utils.scheduler import CosineWarmupScheduler
+
         order = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         # A last batch of one image would have no batch statistics: it is left out of that epoch.
@@ -177,7 +212,8 @@ class FineTune(Probe):
         batches = [batch for batch in batches if len(batch) > 1 or len(images) == 1]
         steps = self.epochs * len(batches)
         warmup = self.warmup_epochs * len(batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, warmup, steps))
+        # lightly reaches the end value in the last step; with one step more, the last step still trains.
+        schedule = CosineWarmupScheduler(optimizer, warmup, steps + 1, end_value=0.0)
         network.train()
         for _ in range(self.epochs):
             shuffled = torch.randperm(len(images), generator=order)
@@ -187,12 +223,6 @@ class FineTune(Probe):
                 cross_entropy(network(images[chosen].to(device)), labels[chosen].to(device)).backward()
                 optimizer.step()
                 schedule.step()
-
-
-def _warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Probes: right on clusters, at chance on noise, as scikit-learn has it, and without a trace."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from featherlight.ssl_models import KNN, FineTune, LinearProbe, make_backbone
+from featherlight.ssl_models.data import ImageData
+from featherlight.ssl_models.partitions import Natural
 
 CLASSES = 3
 
@@ -149,8 +153,70 @@ def test_a_last_batch_of_one_image_is_left_out_of_fine_tuning() -> None:
     FineTune(epochs=1, warmup_epochs=0, batch_size=32)(Model(), Blobs(spread=0.5, train=65))  # batch norm would refuse it
 
 
+def test_fine_tuning_warms_up_and_ends_its_cosine_one_step_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(torch.optim.AdamW):
+        def step(self, *arguments: object) -> None:  # type: ignore[override]
+            rates.append(self.param_groups[0]["lr"])
+
+    rates: list[float] = []
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    FineTune(epochs=3, warmup_epochs=1, lr=0.5, batch_size=60)(Model(), Blobs(spread=1.0))  # 4 steps an epoch
+    rising = [0.125, 0.25, 0.375, 0.5]
+    falling = [0.5 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates == pytest.approx(rising + falling, abs=1e-12)
+
+
+# -- what is found before training ------------------------------------------------------------------------------------
+def no_features(_: Tensor) -> Tensor:
+    raise AssertionError("features were computed")
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=NAMES)
+def test_a_check_takes_no_features_no_batch_and_no_random_number(probe: KNN) -> None:
+    class Untouched(Blobs):
+        def probe_data(self) -> tuple[DataLoader, DataLoader]:
+            return tuple(DataLoader(TensorDataset(*part), collate_fn=no_features) for part in self.parts)
+
+    stream = torch.get_rng_state()
+    assert probe.check(Untouched(spread=1.0)) is None
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_too_few_training_images_for_the_neighbours_are_found_before_training() -> None:
+    KNN(k=12).check(Blobs(spread=1.0, train=12))
+    with pytest.raises(ValueError, match="k=13 neighbours, but 12 training images: choose k up to 12"):
+        KNN(k=13).check(Blobs(spread=1.0, train=12))
+    data = ImageData(limit_train=15)
+    KNN(k=15).check(data)
+    with pytest.raises(ValueError, match="k=16 neighbours, but 15 training images"):
+        KNN(k=16).check(data)
+
+
+def test_training_images_that_nobody_can_count_beforehand_are_counted_later() -> None:
+    class Stream(Blobs):
+        def probe_data(self) -> tuple[list, list]:  # type: ignore[override]
+            return tuple([(images, labels)] for images, labels in self.parts)
+
+    KNN(k=20).check(Stream(spread=1.0, train=12))
+    with pytest.raises(ValueError, match="k=20 neighbours, but 12 training images"):
+        KNN(k=20)(Model(), Stream(spread=1.0, train=12))
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=NAMES)
+def test_missing_labels_are_found_before_training(probe: KNN, tmp_path: Path) -> None:
+    for client in ("abe", "mia"):
+        (tmp_path / "train" / client).mkdir(parents=True)
+        for at in range(4):
+            Image.new("RGB", (4, 4), (at, at, at)).save(tmp_path / "train" / client / f"{at}.png")
+    data = ImageData("folder", str(tmp_path), partition=Natural())
+    with pytest.raises(ValueError, match="probes need labels, and some training images have none"):
+        probe.check(data)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="k=20 neighbours, but 12 training images"):
         KNN()(Model(), Blobs(spread=1.0, train=12))
     with pytest.raises(ValueError, match="warmup_epochs 5 must lie between 0 and epochs 4"):
         FineTune(epochs=4, warmup_epochs=5)(Model(), Blobs(spread=1.0))
+    with pytest.raises(ValueError, match="warmup_epochs 5 must lie between 0 and epochs 4"):
+        FineTune(epochs=4, warmup_epochs=5).check(Blobs(spread=1.0))
