@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +13,19 @@ from lightning.fabric.plugins import Precision
 from torch import Tensor, nn
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.optim import Optimizer
 
 from featherlight.fed_loop.cohort import sample
 from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan, shareable
-from featherlight.fed_loop.turn import as_weights
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Plugin, Visit, find_targets
 from featherlight.plugins.cost_table import CostTable
 from featherlight.plugins.optimizer_state import clear
-from featherlight.plugins.step_cost import StepMeter
 
 
 def predict(
@@ -70,11 +71,16 @@ def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequen
         chain.detach()
 
 
+def _clip(module: nn.Module, optimizer: Optimizer, largest: float) -> None:
+    nn.utils.clip_grad_norm_(module.parameters(), largest)
+
+
 class _Prediction:
     def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, targets: dict[str, str]) -> None:
         self.settings, self.module, self.data, self.chain, self.targets = settings, module, data, chain, targets
         self.optimizer = ClientOptimizer(module).optimizer
-        self.precision = _precision(settings)
+        limit = None if settings.clip is None else partial(_clip, largest=settings.clip)
+        self.step = LocalStep(chain, _precision(settings), clip=limit)
         self.server = shareable(module, targets)
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
@@ -106,7 +112,11 @@ class _Prediction:
         self.module.zero_grad()
         for step, samples in enumerate(sizes[:2]):
             if self.meters.wants(plan.structure, step, samples):
-                self.meters.note(self._step(Clock(visit.round, step), samples))
+                batch = self.data.example_batch(samples)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
+                    _, of_step = self.step.metered(self.module, self.optimizer, batch, Clock(visit.round, step))
+                self.meters.note(of_step)
         names = self.ledger.to_send(visit.client, plan.received)
         up = dict(plan.sent)
         if self.chain.encodes:
@@ -121,23 +131,3 @@ class _Prediction:
         if key not in self._lengths:
             self._lengths[key] = packed_length(message)
         return self._lengths[key]
-
-    def _step(self, clock: Clock, samples: int) -> Any:
-        batch = self.data.example_batch(samples)
-        self.chain.before_forward(clock)
-        with StepMeter(self.module, [self.optimizer], batch) as meter:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
-                with self.precision.forward_context():
-                    batch = as_weights(batch, self.precision)
-                    loss = self.module.training_step(batch, clock.step)  # type: ignore[operator]
-                    loss = loss["loss"] if isinstance(loss, dict) else loss
-                    extra = self.chain.extra_loss(self.module, batch)
-                    if extra is not None:
-                        loss = loss + extra
-            meter.forward_is_done()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        self.chain.after_step(clock)
-        return meter.cost

@@ -18,12 +18,13 @@ from featherlight.fed_loop.aggregate import Mean
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.local_step import as_weights
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import may_travel, shareable
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
-from featherlight.fed_loop.turn import Clients, Turn, as_weights
+from featherlight.fed_loop.turn import Clients, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.optimizer_state import release
 from featherlight.plugins.targets import follow

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan
@@ -22,7 +23,6 @@ from featherlight.plugins import Chain, Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import check_covered, clear
 from featherlight.plugins.seeds import derive
-from featherlight.plugins.step_cost import StepMeter
 from featherlight.plugins.targets import follow
 
 
@@ -55,11 +55,6 @@ def count_samples(batch: Any) -> int:
     return next((value.shape[0] for value in tree_leaves(batch) if isinstance(value, Tensor) and value.ndim), 0)
 
 
-def as_weights(batch: Any, precision: Precision) -> Any:
-    """``batch`` in the precision of the weights; mixed precision leaves it as it is and casts where it computes, as under a Trainer."""
-    return batch if isinstance(precision, MixedPrecision) else precision.convert_input(batch)
-
-
 class Clients:
     """Trains one client after the other on one device.
 
@@ -82,12 +77,13 @@ class Clients:
         self._fabric = fabric
         self._raw = optimizer.optimizer
         self.module = module
-        self._model, self._optimizer = fabric.setup(module, self._raw)
+        _, self._optimizer = fabric.setup(module, self._raw)
         self._chain = chain
         self._targets = targets
         self._data = data
         self._epochs = epochs
-        self._clip = clip
+        limit = None if clip is None else partial(fabric.clip_gradients, max_norm=clip, error_if_nonfinite=False)
+        self._step = LocalStep(chain, fabric.strategy.precision, fabric.backward, limit)
         self.meters = Meters()
 
     def begin_round(self) -> None:
@@ -139,41 +135,16 @@ class Clients:
             size = count_samples(batch)
             samples += size
             if self.meters.wants(plan.structure, step, size):
-                with StepMeter(self.module, [self._raw], batch) as meter:
-                    loss = self._step(batch, clock, meter)
-                self.meters.note(meter.cost)
+                loss, cost = self._step.metered(self.module, self._optimizer, batch, clock)
+                self.meters.note(cost)
             else:
-                loss = self._step(batch, clock)
+                loss = self._step(self.module, self._optimizer, batch, clock)
             losses += loss
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
             turn.rejected = "loss is not finite"
         return samples
-
-    def _step(self, batch: Any, clock: Clock, meter: StepMeter | None = None) -> Tensor:
-        self._chain.before_forward(clock)
-        precision = self._fabric.strategy.precision  # Fabric's wrapper applies it to forward alone
-        with precision.forward_context():
-            batch = as_weights(batch, precision)
-            out = self._model.training_step(batch, clock.step)
-            loss = out["loss"] if isinstance(out, Mapping) else out
-            extra = self._chain.extra_loss(self.module, batch)
-            if extra is not None:
-                loss = loss + extra
-        if meter is not None:
-            meter.forward_is_done()
-        self._optimizer.zero_grad()
-        self._fabric.backward(loss)
-        self._chain.after_backward(clock)
-        if self._clip is not None:
-            self._fabric.clip_gradients(self._model, self._optimizer, max_norm=self._clip, error_if_nonfinite=False)
-        self._optimizer.step()
-        hook = getattr(self.module, "after_optimizer_step", None)  # where our SSL modules move their targets
-        if hook is not None:
-            hook()
-        self._chain.after_step(clock)
-        return loss.detach()
 
     def _send(self, plan: Plan, before: Mapping[str, Tensor], visit: Visit) -> bytes:
         """New values as they are, or, where plugins encode, what they make of the differences."""

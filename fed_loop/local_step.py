@@ -1,0 +1,78 @@
+"""One optimizer step of a client. Training and prediction take this same step, so that what is predicted is what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.fabric.plugins import MixedPrecision, Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from featherlight.plugins import Chain, Clock
+from featherlight.plugins.step_cost import StepCost, StepMeter
+
+
+def as_weights(batch: Any, precision: Precision) -> Any:
+    """``batch`` in the precision of the weights; mixed precision leaves it as it is and casts where it computes, as under a Trainer."""
+    return batch if isinstance(precision, MixedPrecision) else precision.convert_input(batch)
+
+
+class LocalStep:
+    """Forward, backward, update. The model and its optimizer are arguments of the step, not of this object: they may differ by client.
+
+    Args:
+        chain: the plugins.
+        precision: what the forward pass is computed in.
+        backward: fills gradients from a loss; the place for a loss scaler.
+        clip: limits the gradients of a model that its optimizer is about to apply; nothing if left out.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        precision: Precision,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        clip: Callable[[nn.Module, Optimizer], Any] | None = None,
+    ) -> None:
+        self._chain, self._precision, self._backward, self._clip = chain, precision, backward, clip
+
+    def __call__(self, module: nn.Module, optimizer: Optimizer, batch: Any, clock: Clock, meter: StepMeter | None = None) -> Tensor:
+        """Take one step on ``module``.
+
+        Args:
+            module: a LightningModule; only its ``training_step`` and, if it has one, ``after_optimizer_step`` are called.
+            optimizer: of its parameters, or Fabric's wrapper of that.
+            batch: as ``training_step`` takes it, on the model's device.
+            meter: already entered; told where the forward pass ends.
+
+        Returns:
+            The loss, a detached scalar.
+        """
+        self._chain.before_forward(clock)
+        with self._precision.forward_context():
+            batch = as_weights(batch, self._precision)
+            out = module.training_step(batch, clock.step)  # type: ignore[operator]
+            loss = out["loss"] if isinstance(out, Mapping) else out
+            extra = self._chain.extra_loss(module, batch)
+            if extra is not None:
+                loss = loss + extra
+        if meter is not None:
+            meter.forward_is_done()
+        optimizer.zero_grad()
+        self._backward(loss)
+        self._chain.after_backward(clock)
+        if self._clip is not None:
+            self._clip(module, optimizer)
+        optimizer.step()
+        hook = getattr(module, "after_optimizer_step", None)  # where our SSL modules move their targets
+        if hook is not None:
+            hook()
+        self._chain.after_step(clock)
+        return loss.detach()
+
+    def metered(self, module: nn.Module, optimizer: Optimizer, batch: Any, clock: Clock) -> tuple[Tensor, StepCost]:
+        """As calling it; returns what the step cost, too."""
+        with StepMeter(module, [optimizer], batch) as meter:
+            loss = self(module, optimizer, batch, clock, meter)
+        return loss, meter.cost
