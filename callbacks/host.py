@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import functools
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from featherlight.callbacks import parallel, saved
 from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
 from featherlight.plugins.base import overrides
+from featherlight.plugins.present import count, held
+
+_FAR = 2**31  # a period that no run reaches: its stage is the last
 
 
 class PluginCallback(pl.Callback):
@@ -26,7 +31,8 @@ class PluginCallback(pl.Callback):
     A period is an epoch, a step is a batch (a micro-batch under gradient accumulation), and the epoch is one visit of client 0.
     The plugin is attached after ``configure_model`` and before ``configure_optimizers``, so that optimizers see every parameter, and
     detached when training ends, by success or by exception: the module has its whole depth again then, blocks included that training
-    did not reach. A plugin's ``after_backward`` comes before each optimizer step, when accumulated gradients are complete and unscaled.
+    did not reach (a fit that ends so warns). A plugin's ``after_backward`` comes before each optimizer step, when accumulated
+    gradients are complete and unscaled.
     A checkpoint is evaluated (``trainer.test(ckpt_path=…)``) at the stage in which it was written; its ``state_dict`` has the module's own
     keys and no others.
 
@@ -70,6 +76,8 @@ class PluginCallback(pl.Callback):
         self._undo.append(_after_configure_model(pl_module, attach))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._chain is not None and self._reached is not None:
+            _warn_of_untrained(self._chain, pl_module, self._reached)
         self._detach(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -174,6 +182,25 @@ def common_seed(trainer: pl.Trainer) -> int:
         named = ", ".join(map(str, sorted(given)))
         raise MisconfigurationException(f"the callbacks have the seeds {named}, but a run has one: give it to one of them")
     return given.pop() if given else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _warn_of_untrained(chain: Chain, pl_module: pl.LightningModule, reached: int) -> None:
+    """Say so where a later stage would have brought what training did not reach: the module is about to have it all the same."""
+    now, last = chain.stage(reached), chain.stage(_FAR)
+    if now == last:
+        return
+    chain.advance(Clock(reached, 1))
+    trained = held(pl_module).keys()
+    chain.advance(Clock(_FAR, 1))
+    untrained = count({name: value for name, value in held(pl_module).items() if name not in trained})
+    if untrained:
+        begins = bisect_left(range(_FAR), last, key=chain.stage)
+        rank_zero_warn(
+            f"training ended in stage {now + 1} of {last + 1}, so that {untrained} parameters were never trained, and the module has "
+            f"them from now on: set max_epochs above {begins}, where the last stage begins, or evaluate a checkpoint of this run at "
+            "its own stage, as trainer.test(ckpt_path=...) with the same callbacks does",
+            category=UserWarning,
+        )
 
 
 def _members(trainer: pl.Trainer) -> list[PluginCallback]:

@@ -113,6 +113,58 @@ def test_adapters_survive_a_resume(epochs, toy, loader, make_trainer, same_state
     same_state(run(4, tmp_path / "part.ckpt"), run(4))
 
 
+# -- a fit that ends before the last stage ----------------------------------------------------------------------------
+BLOCK = 4 * 4 * 9 + 2 * 4  # convolution without bias, batch norm
+
+
+def untrained(recorded):
+    return [str(warning.message) for warning in recorded if "never trained" in str(warning.message)]
+
+
+def test_a_fit_that_ends_before_the_last_stage_says_so_once(toy, loader, make_trainer, recwarn):
+    """Three blocks, two epochs a stage: the last stage begins with epoch 4."""
+    callbacks = [LayerFreezing(**BLOCKS, periods_per_stage=2), DepthDropout(**BLOCKS, rate=0.99)]
+    make_trainer(*callbacks, max_epochs=2).fit(toy(), loader)
+    (first,) = untrained(recwarn)
+    assert f"training ended in stage 1 of 3, so that {2 * BLOCK} parameters were never trained" in first
+    assert "set max_epochs above 4" in first
+    assert "trainer.test(ckpt_path=...)" in first
+    recwarn.clear()
+    make_trainer(LayerFreezing(**BLOCKS, periods_per_stage=2), max_epochs=4).fit(toy(), loader)
+    (second,) = untrained(recwarn)
+    assert f"training ended in stage 2 of 3, so that {BLOCK} parameters" in second
+
+
+def test_an_adapter_of_an_earlier_stage_is_not_missed(toy, loader, make_trainer, recwarn):
+    make_trainer(ProgressiveGrowth(**BLOCKS), max_epochs=2).fit(toy(encoder=Widening), loader)
+    (message,) = untrained(recwarn)
+    assert f"stage 2 of 3, so that {4 * 4 * 9 + 4} parameters" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    [
+        (lambda: LayerFreezing(**BLOCKS), 3),  # its last stage has begun
+        (lambda: LayerFreezing(**BLOCKS, grow=False), 1),  # everything trained in the first stage
+        (lambda: DepthDropout(**BLOCKS, rate=0.99), 1),  # left out by a draw, and not by a stage
+        (lambda: PluginCallback(Plugin()), 1),
+    ],
+)
+def test_a_fit_that_trained_every_block_says_nothing(method, epochs, toy, loader, make_trainer, recwarn):
+    trainer = make_trainer(method(), max_epochs=epochs)
+    trainer.fit(toy(), loader)
+    trainer.validate(toy(), loader, verbose=False)
+    assert not untrained(recwarn)
+
+
+def test_a_run_that_is_resumed_with_nothing_left_to_do_says_so_again(toy, loader, make_trainer, tmp_path):
+    trainer = make_trainer(LayerFreezing(**BLOCKS), max_epochs=1)
+    trainer.fit(toy(), loader)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.warns(UserWarning, match="training ended in stage 1 of 3"):
+        make_trainer(LayerFreezing(**BLOCKS), max_epochs=1).fit(toy(), loader, ckpt_path=tmp_path / "one.ckpt")
+
+
 class Pull(Plugin):
     """Adds the square of one weight, and the batch's length, to the loss."""
 
