@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from featherlight.commands.folders import folder_for, write_text
+from featherlight.commands.folders import folder_for
 from featherlight.commands.parsing import is_federated, parse
 from featherlight.commands.tables import comparison_table
+from featherlight.fed_loop.whole_files import write_text
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -150,7 +152,8 @@ def _digest(file: Path) -> str:
 
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
     rows = [{"name": run["name"], "config": run["config"], **run["cost"], **run["metrics"]} for run in runs]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

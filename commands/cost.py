@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from featherlight.commands.parsing import Parts, federated_parser, is_federated, parse
 from featherlight.commands.tables import cost_table
+from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import HEADINGS, CostTable
 
 
@@ -33,7 +34,7 @@ def run(command: str, arguments: list[str]) -> None:
     shown = [name for name in HEADINGS if name != "seconds"]
     Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
     if config.json:
-        Path(config.json).write_text(json.dumps(table.to_json(), indent=2))
+        write_text(Path(config.json), json.dumps(table.to_json(), indent=2))
 
 
 def predict_config(path: str, arguments: list[str]) -> CostTable:

@@ -9,10 +9,11 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from featherlight.commands.folders import folder_for, write_text
+from featherlight.commands.folders import folder_for
 from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.tables import cost_table, metrics_line
 from featherlight.fed_loop import Federation, Result
+from featherlight.fed_loop.whole_files import write_text
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -16,10 +16,11 @@ from rich.console import Console
 import featherlight.commands.parsing  # noqa: F401  brings our models and data under their short names
 from featherlight.callbacks import CostMonitor
 from featherlight.callbacks.host import PluginCallback
-from featherlight.commands.folders import folder_for, write_text
+from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.tables import metrics_line
 from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run
+from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import CostTable
 from featherlight.ssl_models.probes import Probe
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from featherlight.fed_loop.checkpoint import read_plain
+from featherlight.fed_loop.whole_files import as_before, write_whole
 
 FREE = frozenset({"data.init_args.root", "data.init_args.download", "data.init_args.num_workers", "data.init_args.in_memory_bytes"})
 """Settings that say where data lie and how they are read, not what is trained."""
@@ -26,19 +26,10 @@ class WholeFiles(TorchCheckpointIO):
             OSError: the disk is full or cannot be written; ``path`` is as it was.
         """
         final = Path(path)
-        partial = final.with_name(f".{final.name}.partial")
-        final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(final)
+            write_whole(final, lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
-            kept = f"; {final} is as it was before" if final.exists() else ""
-            raise OSError(f"cannot write checkpoint {final} ({error}){kept}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write checkpoint {final} ({error}){as_before(final)}") from error
 
 
 def check_readable(path: Path) -> None:

@@ -1,14 +1,15 @@
-"""Checkpoints that survive being written: a new file, flushed to disk, renamed over nothing, before an old one goes."""
+"""Checkpoints that survive being written: a new file is whole and on disk before an old one goes."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from featherlight.fed_loop.whole_files import write_whole
 
 KEEP = 2
 """How many checkpoints stay: the newest, and the one before it in case the newest proves unreadable."""
@@ -25,17 +26,9 @@ def write(folder: Path, round: int, state: dict[str, Any]) -> Path:
         OSError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
     final = path_of(folder, round)
-    partial = final.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(final)
-        _sync_folder(folder)
+        write_whole(final, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         last = newest(folder)
         left = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise OSError(f"cannot write checkpoint {final} ({error}); {left}") from error
@@ -102,11 +95,3 @@ def check_same_run(path: Path, before: dict[str, str], now: dict[str, str]) -> N
 def digest(value: Any) -> str:
     """A short fingerprint of plain data."""
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from featherlight.fed_loop.result import Result
 from featherlight.fed_loop.turn import Turn
+from featherlight.fed_loop.whole_files import write_text
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -80,7 +81,7 @@ class Report:
         self._console.print(f"resuming after {result.rounds} rounds from {path}")
         if self._folder is not None:
             lines = "".join(json.dumps(row) + "\n" for row in result.history)
-            (self._folder / "metrics.jsonl").write_text(lines)
+            write_text(self._folder / "metrics.jsonl", lines)
 
     def saved(self, path: Path, interrupted: bool) -> None:
         if interrupted:
@@ -95,8 +96,8 @@ class Report:
 
     def _finish(self, result: Result) -> None:
         if self._folder is not None:
-            (self._folder / "cost.json").write_text(json.dumps(result.cost.to_json(), indent=2))
-            (self._folder / "result.json").write_text(json.dumps({"metrics": result.metrics, "rounds": result.rounds}, indent=2))
+            write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
+            write_text(self._folder / "result.json", json.dumps({"metrics": result.metrics, "rounds": result.rounds}, indent=2))
         for logger in self._loggers:
             logger.finalize("success")
 

@@ -67,7 +67,7 @@ def test_a_file_that_cannot_grow(tmp_path):
 
 def test_a_process_killed_while_writing_leaves_a_partial_file_that_nobody_reads(tmp_path):
     good = checkpoint.write(tmp_path, 1, STATE)
-    (tmp_path / "round-000002.partial").write_bytes(good.read_bytes()[:100])
+    (tmp_path / ".round-000002.ckpt.partial").write_bytes(good.read_bytes()[:100])
     assert checkpoint.newest(tmp_path) == good
     checkpoint.write(tmp_path, 2, of_round(2))
     assert equal(checkpoint.read(checkpoint.newest(tmp_path)), of_round(2))

@@ -1,0 +1,79 @@
+"""A file is written whole or not at all, whoever writes it and whatever fails."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from featherlight.fed_loop import checkpoint
+from featherlight.fed_loop.whole_files import write_text, write_whole
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_is_on_disk_before_it_takes_the_name_and_the_folder_after(tmp_path, monkeypatch):
+    path, order = tmp_path / "new" / "file", []
+    real_sync, real_replace = os.fsync, type(path).replace
+
+    def sync(descriptor):
+        order.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_sync(descriptor)
+
+    def replace(partial, final):
+        assert partial.read_bytes() == b"whole"  # flushed, too
+        order.append(("replace", str(final)))
+        return real_replace(partial, final)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(type(path), "replace", replace)
+    write_whole(path, lambda file: file.write(b"whole"))
+    assert order == [("sync", str(path.parent / ".file.partial")), ("replace", str(path)), ("sync", str(path.parent))]
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_what_was_there(where, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_text(path, "before")
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(OSError, match=rf"cannot write {path} .*No space left on device.*{path} is as it was before"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_are_not_lost_when_a_run_goes_on_and_the_disk_is_full(net, points, federation, tmp_path, monkeypatch):
+    """A run that goes on writes metrics.jsonl anew: as long as it cannot, the old one stays."""
+    federation(2, folder=tmp_path).run(net(), points([8, 8]))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl"):
+            federation(3, folder=tmp_path).run(net(), points([8, 8]), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    federation(3, folder=tmp_path).run(net(), points([8, 8]), resume=True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert json.loads((tmp_path / "result.json").read_text())["rounds"] == 3
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    (tmp_path / ".round-000001.ckpt.partial").write_bytes(b"half")
+    checkpoint.write(tmp_path, 1, {"round": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001.ckpt"]
