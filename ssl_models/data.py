@@ -20,7 +20,8 @@ from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.partitions import IID, Natural, Partition
-from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, UnreadableImage, blank, moments, read
+from featherlight.ssl_models.pictures import UnreadableImage, moments
+from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, read
 from featherlight.ssl_models.views import Views
 
 EVALUATION_BATCH = 512

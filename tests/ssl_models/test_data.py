@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 from torch import Tensor
 
 from featherlight.plugins.base import Visit
@@ -36,32 +34,6 @@ def tensors(nested: Any) -> list[Tensor]:
 def same(a: Any, b: Any) -> bool:
     mine, yours = tensors(a), tensors(b)
     return len(mine) == len(yours) and all(torch.equal(x, y) for x, y in zip(mine, yours, strict=True))
-
-
-# -- what the digits are ----------------------------------------------------------------------------------------------
-def test_digits_are_divided_into_the_same_training_and_test_parts_whatever_the_seed() -> None:
-    one, other = ImageData(seed=0), ImageData(seed=1)
-    train, test = ([x for batch in loader for x in batch[0]] for loader in one.probe_data())
-    assert (len(train) + len(test), one.num_classes, one.image_shape) == (1797, 10, (1, 8, 8))
-    assert abs(len(test) - 1797 / 5) <= 5  # a fifth of each of ten labels, rounded
-    assert same([y for _, y in one.probe_data()[1]], [y for _, y in other.probe_data()[1]])
-    from sklearn.datasets import load_digits
-
-    labels = torch.cat([y for loader in one.probe_data() for _, y in loader]).bincount()
-    assert labels.tolist() == np.bincount(load_digits().target).tolist()
-
-
-def test_training_images_are_normalised_and_pixels_are_sklearns() -> None:
-    from sklearn.datasets import load_digits
-
-    data = ImageData()
-    train, test = (torch.cat([x for x, _ in loader]) for loader in data.probe_data())
-    assert train.shape[1:] == (1, 8, 8)
-    assert float(train.double().mean()) == pytest.approx(0, abs=1e-5)
-    assert float(train.double().std()) == pytest.approx(1, abs=1e-4)
-    everything = torch.cat([train, test]).double().flatten(1).sum(1).sort().values
-    raw = torch.from_numpy(load_digits().data).sum(1).sort().values  # of 0 to 16; an affine map keeps the order and the shape
-    assert np.corrcoef(everything, raw)[0, 1] > 0.99999
 
 
 # -- the same batches for everyone ------------------------------------------------------------------------------------
@@ -227,126 +199,6 @@ def test_limits_are_nested_and_validation_images_are_not_trained_on(tmp_path: Pa
     assert none.validated == 0
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
-def picture(path: Path, level: int, size: tuple[int, int] = (10, 12)) -> None:
-    """A picture of one grey level, 10 wide and 12 high."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (level, level, level)).save(path)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Two classes of 6 training and 2 test images, each with a grey level of its own."""
-    for at in range(6):
-        picture(tmp_path / "train" / "ant" / f"{at}.png", 10 + at)
-        picture(tmp_path / "train" / "bee" / f"{at}.png", 110 + at)
-    for at in range(2):
-        picture(tmp_path / "test" / "ant" / f"{at}.png", 50 + at)
-        picture(tmp_path / "test" / "bee" / f"{at}.png", 150 + at)
-    return tmp_path
-
-
-def folder(root: Path, **settings: Any) -> ImageData:
-    return ImageData("folder", str(root), **{"views": 1, "augment": "none", "batch_size": 4, **settings})  # type: ignore[arg-type]
-
-
-def levels(data: ImageData, loader: Any) -> dict[int, list[int]]:
-    """Grey levels of a loader's images by label."""
-    mean, std = data._moments
-    found: dict[int, list[int]] = {}
-    for x, y in loader:
-        grey = ((x * std + mean) * 255).mean((1, 2, 3)).round().int().tolist()
-        for level, label in zip(grey, y.tolist(), strict=True):
-            found.setdefault(label, []).append(level)
-    return {label: sorted(values) for label, values in sorted(found.items())}
-
-
-@pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
-def test_a_folder_gives_its_images_decoded_at_once_or_as_they_are_taken(pictures: Path, in_memory_bytes: int) -> None:
-    data = folder(pictures, in_memory_bytes=in_memory_bytes)
-    assert (data.image_shape, data.num_classes) == ((3, 12, 10), 2)
-    train, test = data.probe_data()
-    assert levels(data, train) == {0: list(range(10, 16)), 1: list(range(110, 116))}
-    assert levels(data, test) == {0: [50, 51], 1: [150, 151]}
-    assert same(made(data, [Visit(0)]), made(folder(pictures), [Visit(0)]))
-
-
-def test_a_folder_without_a_test_part_keeps_a_fifth_of_each_class(tmp_path: Path) -> None:
-    for at in range(10):
-        picture(tmp_path / "ant" / f"{at}.png", at)
-        picture(tmp_path / "bee" / "more" / f"{at}.png", 100 + at)  # the folder that holds an image names its class
-    data = folder(tmp_path)
-    train, test = data.probe_data()
-    assert {label: len(found) for label, found in levels(data, test).items()} == {0: 2, 1: 2}
-    assert {label: len(found) for label, found in levels(data, train).items()} == {0: 8, 1: 8}
-    assert data._loaded.classes == ("ant", "more")
-
-
-def test_image_size_cuts_and_resizes(pictures: Path) -> None:
-    picture(pictures / "train" / "ant" / "large.png", 20, (40, 30))
-    data = folder(pictures, image_size=6)
-    assert data.image_shape == (3, 6, 6)
-    assert levels(data, data.probe_data()[0])[0] == [10, 11, 12, 13, 14, 15, 20]
-    assert ImageData(image_size=16).image_shape == (1, 16, 16)
-    assert next(iter(ImageData(image_size=16).probe_data()[0]))[0].shape == (512, 1, 16, 16)
-
-
-@pytest.fixture
-def damaged(pictures: Path) -> Path:
-    (pictures / "train" / "ant" / "2.png").write_bytes(b"not a picture")
-    cut = pictures / "train" / "bee" / "3.png"
-    cut.write_bytes(cut.read_bytes()[:40])
-    return pictures
-
-
-READING = pytest.mark.parametrize(("in_memory_bytes", "num_workers"), [(0, 0), (2**30, 0), (0, 1)])
-
-
-@READING
-def test_an_unreadable_image_is_named(damaged: Path, in_memory_bytes: int, num_workers: int) -> None:
-    with pytest.raises(ValueError, match=r"cannot read image .*(ant/2|bee/3)\.png \(.*\); repair or remove it") as caught:
-        made(folder(damaged, in_memory_bytes=in_memory_bytes, num_workers=num_workers), [Visit(0)])
-    assert "\n" not in str(caught.value)
-
-
-@READING
-def test_unreadable_images_are_left_out_on_request(
-    damaged: Path, caplog: pytest.LogCaptureFixture, in_memory_bytes: int, num_workers: int
-) -> None:
-    data = folder(damaged, in_memory_bytes=in_memory_bytes, num_workers=num_workers, skip_unreadable=True)
-    assert sum(len(y) for _, (_, y) in made(data, [Visit(0)])) == 10
-    assert data.client_sizes() == [10]
-    assert levels(data, data.probe_data()[0]) == {0: [10, 11, 13, 14, 15], 1: [110, 111, 112, 114, 115]}
-    assert "left out 2 of 12 images" in caplog.text
-
-
-def test_a_folder_per_client(tmp_path: Path) -> None:
-    for client, count in (("zoe", 3), ("abe", 5), ("mia", 2)):
-        for at in range(count):
-            picture(tmp_path / "train" / client / ("ant", "bee")[at % 2] / f"{at}.png", at)
-    for kind in ("ant", "bee"):
-        picture(tmp_path / "test" / kind / "0.png", 99)
-    data = folder(tmp_path, partition=Natural())
-    assert data.client_sizes() == [5, 2, 3]  # abe, mia, zoe
-    assert data.client_label_counts().tolist() == [[3, 2], [1, 1], [2, 1]]
-    assert data.num_classes == 2
-    assert sum(len(y) for y in (batch[1] for _, batch in made(data, [Visit(0, 2)]))) == 3
-
-
-def test_a_folder_per_client_without_labels(tmp_path: Path) -> None:
-    for client in ("abe", "mia"):
-        for at in range(4):
-            picture(tmp_path / "train" / client / f"{at}.png", at)
-    picture(tmp_path / "test" / "ant" / "0.png", 99)
-    data = folder(tmp_path, partition=Natural(), views=2, augment="batched")
-    assert data.client_sizes() == [4, 4]
-    assert data.client_label_counts().tolist() == [[0], [0]]
-    (_, (_, labels)) = made(data, [Visit(0, 1)])[0]
-    assert labels.tolist() == [-1] * 4
-    with pytest.raises(ValueError, match="probes need labels"):
-        data.probe_data()
-
-
 # -- one clear line ---------------------------------------------------------------------------------------------------
 def test_a_client_with_fewer_images_than_a_batch_gives_them_in_one() -> None:
     data = ImageData(num_clients=3, limit_train=30, batch_size=64)
@@ -370,8 +222,8 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
         "client 0 has 0 training images; with batch_size=256 it needs at least 1",
     ),
     (lambda _: ImageData(limit_train=1).train_dataloader(), "client 0 has 1 training images"),
-    (lambda root: folder(root / "nowhere").setup(), r"root=.*nowhere is not a folder; give the folder that holds"),
-    (lambda root: folder(root).setup(), r"no images \(\.jpg, .*\) in "),
+    (lambda root: ImageData("folder", str(root / "nowhere")).setup(), r"root=.*nowhere is not a folder; give the folder that holds"),
+    (lambda root: ImageData("folder", str(root)).setup(), r"no images \(\.jpg, .*\) in "),
     (lambda root: ImageData("cifar10", str(root)).setup(), "CIFAR10 is not in root=.*; set download=true"),
     (lambda _: ImageData(num_clients=2, partition=Natural()).client_sizes(), "needs a folder per client"),
 ]
@@ -382,17 +234,6 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, wrong: Callable[[Pat
     with pytest.raises(ValueError, match=message) as caught:
         wrong(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_images_of_different_sizes_are_named(pictures: Path) -> None:
-    picture(pictures / "train" / "bee" / "large.png", 20, (40, 30))
-    with pytest.raises(ValueError, match=r"large\.png is 40x30 pixels, the first is 10x12; set image_size"):
-        folder(pictures).setup()
-    (pictures / "train" / "bee" / "large.png").unlink()
-    for path in (pictures / "test").rglob("*.png"):
-        picture(path, 1, (5, 5))
-    with pytest.raises(ValueError, match=r"shape \(3, 12, 10\) and of shape \(3, 5, 5\).*set image_size"):
-        folder(pictures).test_dataloader()
 
 
 def test_overfit_batches_says_what_to_use_instead() -> None:
