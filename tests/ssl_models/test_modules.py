@@ -1,4 +1,4 @@
-"""Models: losses against loops, heads counted by hand, momentum against its formula, Trainer and Fabric alike."""
+"""Models: heads counted by hand, momentum against its formula, Trainer and Fabric alike."""
 
 import copy
 import doctest
@@ -9,12 +9,11 @@ import pickle
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from featherlight.ssl_models import BYOL, Classifier, MoCoV3, SimCLR
 from featherlight.ssl_models.learner import Learner
-from featherlight.ssl_models.moco_v3 import info_nce
 from featherlight.ssl_models.ssl import SelfSupervised
 
 SMALL = {
@@ -66,64 +65,6 @@ def trainer(**options) -> L.Trainer:
     return L.Trainer(accelerator="cpu", devices=1, **{**quiet, **options})
 
 
-def unit_rows(x: Tensor) -> list[list[float]]:
-    return [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in x.tolist()]
-
-
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b))
-
-
-# -- losses ---------------------------------------------------------------------------------------------------------
-def test_simclr_loss_is_the_loop_over_all_views() -> None:
-    model = small(SimCLR, temperature=0.3).eval()
-    x0, x1 = torch.randn(2, 5, 1, 8, 8)
-    with torch.no_grad():
-        z = unit_rows(torch.cat([model.projector(model.features(x)) for x in (x0, x1)]))
-        loss = model.view_loss(x0, x1)
-    expected = 0.0
-    for i in range(10):
-        others = [math.exp(dot(z[i], z[j]) / 0.3) for j in range(10) if j != i]
-        expected -= math.log(math.exp(dot(z[i], z[(i + 5) % 10]) / 0.3) / sum(others)) / 10
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("scale_by_2tau", [False, True])
-def test_moco_loss_is_the_loop_over_queries_and_keys(scale_by_2tau: bool) -> None:
-    model = small(MoCoV3, temperature=0.2, scale_by_2tau=scale_by_2tau).eval()
-    with torch.no_grad():
-        for parameter in model.backbone_target.parameters():
-            parameter.add_(0.05)  # a target that differs from the online branch
-        views = x0, x1 = torch.randn(2, 5, 1, 8, 8)
-        q = [unit_rows(model.predictor(model.projector(model.features(x)))) for x in views]
-        k = [unit_rows(model.projector_target(model.backbone_target(x))) for x in views]
-        loss = model.view_loss(x0, x1)
-    expected = 0.0
-    for queries, keys in ((q[0], k[1]), (q[1], k[0])):
-        for i in range(5):
-            all_keys = [math.exp(dot(queries[i], key) / 0.2) for key in keys]
-            expected -= math.log(all_keys[i] / sum(all_keys)) / 5
-    assert loss.item() == pytest.approx(expected * (2 * 0.2 if scale_by_2tau else 1), rel=1e-5)
-
-
-def test_info_nce_is_not_ntxent() -> None:
-    from lightly.loss import NTXentLoss
-
-    queries, keys = torch.randn(2, 8, 4)
-    assert abs(info_nce(queries, keys, 0.5) - NTXentLoss(0.5)(queries, keys)) > 0.1
-
-
-def test_byol_loss_is_the_squared_distance_of_unit_vectors() -> None:
-    model = small(BYOL).eval()
-    views = x0, x1 = torch.randn(2, 5, 1, 8, 8)
-    with torch.no_grad():
-        p = [unit_rows(model.predictor(model.projector(model.features(x)))) for x in views]
-        t = [unit_rows(model.projector_target(model.backbone_target(x))) for x in views]
-        loss = model.view_loss(x0, x1)
-    squared = [sum((a - b) ** 2 for a, b in zip(*rows)) for rows in (*zip(p[0], t[1]), *zip(p[1], t[0]))]
-    assert loss.item() == pytest.approx(sum(squared) / 5, rel=1e-5)
-
-
 # -- heads ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", SELF_SUPERVISED)
 def test_heads_of_vit_tiny_have_the_weights_of_the_paper(model: type[SelfSupervised]) -> None:
@@ -135,15 +76,6 @@ def test_heads_of_vit_tiny_have_the_weights_of_the_paper(model: type[SelfSupervi
     assert weights(heads.projector) == 192 * 512 + 512 * 512 + 512 * 256 == 491_520
     if model is not SimCLR:
         assert weights(heads.predictor) == 256 * 512 + 512 * 256 == 262_144
-
-
-def test_simclr_loss_is_lightlys() -> None:
-    from lightly.loss import NTXentLoss
-
-    from featherlight.ssl_models.simclr import nt_xent
-
-    z0, z1 = torch.randn(2, 6, 9)
-    torch.testing.assert_close(nt_xent(z0, z1, 0.2), NTXentLoss(0.2)(z0, z1))
 
 
 # -- momentum -------------------------------------------------------------------------------------------------------
@@ -233,13 +165,13 @@ def test_errors_of_construction(options: dict, says: str) -> None:
         small(MoCoV3, **options).configure_optimizers()
 
 
+# -- steps and hosts ------------------------------------------------------------------------------------------------
 def after(module: Learner) -> None:
     """What a host without a Trainer does after an optimizer step."""
     if isinstance(module, BYOL | MoCoV3):
         module.after_optimizer_step()
 
 
-# -- steps and hosts ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", MODELS)
 def test_trainer_and_fabric_train_to_the_same_weights(model: type[Learner]) -> None:
     by_trainer, by_fabric = small(model, lr=3e-3), small(model, lr=3e-3)
