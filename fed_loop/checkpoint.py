@@ -48,6 +48,31 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def read_newest(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]] | None:
+    """The newest checkpoint that can be read.
+
+    Returns:
+        Its path, what it holds, and the newer ones that cannot be read, with why; None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them can be read.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(existing(folder)):
+        try:
+            return path, read(path), damaged
+        except ValueError as error:
+            damaged[path] = str(error)
+    if damaged:
+        raise ValueError("; ".join(damaged.values()) + "; no other checkpoint is there: start anew in another folder")
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged checkpoint out of the way of the one that will be written in its place; its bytes are kept."""
+    return path.replace(path.with_name(f"{path.name}.damaged"))
+
+
 def read(path: Path) -> dict[str, Any]:
     """Load a federation's checkpoint.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,6 +122,7 @@ class Federation:
         evaluators: Sequence[Evaluator] = (),
         loggers: Sequence[Logger] = (),
         resume: bool = False,
+        configuration: Mapping[str, Any] | None = None,
     ) -> Result:
         """Train ``module`` in place: it ends with the server's final weights, as an ordinary module.
 
@@ -130,13 +131,14 @@ class Federation:
             data: who has which samples.
             plugins: methods, in the order in which they encode.
             evaluators: ``(module, data) → {name: figure}``, run on the server's model.
-            loggers: Lightning loggers; they get a row of metrics each round.
-            resume: go on from the newest checkpoint in ``folder``, if there is one.
+            loggers: Lightning loggers; they get a row of metrics each round, and once, by ``log_hyperparams``, the configuration.
+            resume: go on from the newest checkpoint in ``folder`` that can be read, if there is one.
+            configuration: what loggers are told that the run is; by default settings, plugins and the model's ``hparams``.
 
         Raises:
             ValueError: model, plugins, data and settings do not fit together, or a checkpoint is of another run.
         """
-        run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers))
+        run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers, configuration))
         self.is_first = run.processes.rank == 0  # who tells, where several processes share the run
         try:
             run.begin()

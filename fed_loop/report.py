@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 class Report:
     """Tells of one run; only its first process does."""
 
-    def __init__(self, settings: Federation, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, settings: Federation, loggers: Sequence[Logger] = (), configuration: Mapping[str, Any] | None = None) -> None:
         self._settings = settings
         self._loggers = list(loggers)
+        self._configuration = configuration
+        self._untold = list(loggers)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._first = False
@@ -68,20 +71,31 @@ class Report:
             if turn.rejected:
                 self.say(f"[yellow]round {row['round']}: update of client {turn.client} rejected: {turn.rejected}")
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["round"] + 1, note=f"stage {row['stage']} loss {row['loss']:.3f}")
+            self._progress.update(self._task, completed=row["round"] + 1, note=_note(row))
         if self._folder is not None:
             with (self._folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row))
         self._log(row)
         if row["round"] + 1 == self._settings.rounds:
             self._finish(result)
 
-    def resumed(self, path: Path, result: Result) -> None:
-        """A run goes on: what was written after the checkpoint is forgotten."""
-        self._console.print(f"resuming after {result.rounds} rounds from {path}")
-        if self._folder is not None:
-            lines = "".join(json.dumps(row) + "\n" for row in result.history)
-            write_text(self._folder / "metrics.jsonl", lines)
+    def configured(self, configuration: Mapping[str, Any]) -> None:
+        """What loggers are told of the run, with its first row, if nobody has said it otherwise."""
+        if self._configuration is None:
+            self._configuration = configuration
+
+    def resumed(self, path: Path | None, result: Result) -> None:
+        """A run goes on: what was written after the checkpoint, or after no checkpoint, is forgotten."""
+        if path is not None:
+            self._console.print(f"resuming after {result.rounds} rounds from {path}")
+        folder = self._settings.folder
+        if folder is not None and (result.history or (folder / "metrics.jsonl").exists()):
+            write_text(folder / "metrics.jsonl", "".join(map(_line, result.history)))
+        for logger in self._loggers:
+            if isinstance(logger, TensorBoardLogger) and Path(logger.log_dir).exists():
+                _forget(logger, result.rounds)
+                if result.rounds:  # the configuration stands at step 0
+                    self._untold.remove(logger)
 
     def saved(self, path: Path, interrupted: bool) -> None:
         if interrupted:
@@ -97,11 +111,13 @@ class Report:
     def _finish(self, result: Result) -> None:
         if self._folder is not None:
             write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
-            write_text(self._folder / "result.json", json.dumps({"metrics": result.metrics, "rounds": result.rounds}, indent=2))
+            write_text(self._folder / "result.json", json.dumps({"metrics": _valid(result.metrics), "rounds": result.rounds}, indent=2))
         for logger in self._loggers:
             logger.finalize("success")
 
     def _log(self, row: dict[str, Any]) -> None:
+        while self._untold:
+            self._untold.pop().log_hyperparams(dict(self._configuration or {}))
         for logger in self._loggers:
             logger.log_metrics({name: value for name, value in row.items() if name != "round"}, step=int(row["round"]))
             logger.save()
@@ -109,3 +125,27 @@ class Report:
     def say(self, text: str) -> None:
         """A line that a person must see."""
         (self._progress.console if self._progress is not None else self._console).print(text, highlight=False)
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    told = f"loss {row['loss']:.3f}" if row["clients"] else "all rejected"
+    return f"stage {row['stage']} {told}"
+
+
+def _valid(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON knows it, which has no NaN and no infinity: null in their place."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_valid(row), allow_nan=False) + "\n"
+
+
+def _forget(logger: TensorBoardLogger, rounds: int) -> None:
+    """Have TensorBoard leave out what an earlier process logged from step ``rounds`` on: its writer's ``purge_step``.
+
+    The writer takes it when it opens a file, and the logger has made it before we know where to go on: so it opens another.
+    """
+    writer = logger.experiment
+    writer.close()
+    writer.purge_step = rounds

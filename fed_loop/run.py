@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from rich.markup import escape
 from torch import nn
 
 from featherlight.fed_loop import checkpoint
@@ -63,12 +66,15 @@ class Run:
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
+        if settings.evaluate_clients:
+            self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
             data.probe_data()  # an image that cannot be read is better found now than after the last round
 
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:
         done = self._resume() if resume else self._start_clean()
+        self.report.configured(self._configuration())
         with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
             for round in range(done, self.settings.rounds):
                 self._whole = True
@@ -178,10 +184,11 @@ class Run:
             self.ledger.visited(turn.client, turn.kept)
             self.result.cost.add(stage, round, turn.cost)
         used = [turn for turn in turns if not turn.rejected]
+        samples = sum(self.sizes[turn.client] for turn in used)
         row: dict[str, float] = {
             "round": round,
             "stage": stage + 1,
-            "loss": sum(turn.loss * self.sizes[turn.client] for turn in used) / max(sum(self.sizes[turn.client] for turn in used), 1),
+            "loss": sum(turn.loss * self.sizes[turn.client] for turn in used) / samples if used else math.nan,
             "clients": len(used),
             "rejected": len(turns) - len(used),
             "bytes_down": sum(turn.cost.bytes_down for turn in turns),
@@ -213,22 +220,41 @@ class Run:
 
     def _evaluate_clients(self) -> dict[str, float]:
         """The global model on every client's held-out part: mean over clients, weighted by samples."""
-        self.module.eval()
-        precision = self.processes.fabric.strategy.precision
-        rows: list[Any] = []
         mine = range(self.processes.rank, self.data.num_clients, self.processes.size)
-        with torch.no_grad(), precision.forward_context():
-            for client in mine:
-                for raw in self.data.client_val_batches(client):
-                    batch = self.data.on_after_batch_transfer(self.processes.fabric.to_device(raw), 0)
-                    out = self.module.validation_step(as_weights(batch, precision), 0)  # type: ignore[operator]
-                    figures = {"loss": out} if isinstance(out, torch.Tensor) else out or {}
-                    rows.append([client, len(batch[-1]), {name: float(value) for name, value in figures.items()}])
+        rows: list[Any] = [row for client in mine for row in self._evaluate_client(client)]
         rows = [row for share in self.processes.gather(rows) for row in share]
         rows.sort(key=itemgetter(0))  # floats add up the same in the same order, whoever made them
         total = sum(size for _, size, _ in rows)
         names = sorted({name for *_, figures in rows for name in figures})
         return {f"client_{name}": sum(figures.get(name, 0.0) * size for _, size, figures in rows) / total for name in names}
+
+    def _evaluate_client(self, client: int) -> Iterator[list[Any]]:
+        """For each batch of a client's held-out part: client, samples, figures."""
+        precision = self.processes.fabric.strategy.precision
+        self.module.eval()
+        for raw in self.data.client_val_batches(client):
+            batch = self.data.on_after_batch_transfer(self.processes.fabric.to_device(raw), 0)
+            with torch.no_grad(), precision.forward_context():
+                out = self.module.validation_step(as_weights(batch, precision), 0)  # type: ignore[operator]
+            figures = {"loss": out} if isinstance(out, torch.Tensor) else out or {}
+            yield [client, len(batch[-1]), {name: float(value) for name, value in figures.items()}]
+
+    def _check_clients_can_be_evaluated(self) -> None:
+        """Before the first round rather than never: the first batch that any client holds out must give a figure.
+
+        Raises:
+            ValueError: nobody holds anything out, or the model says nothing about it.
+        """
+        first = next((row for client in range(self.data.num_clients) for row in self._evaluate_client(client)), None)
+        if first is None:
+            raise ValueError(
+                "evaluate_clients=True, but no client holds samples out for evaluation: set client_val_fraction, or leave it out"
+            )
+        if not first[-1]:
+            raise ValueError(
+                f"evaluate_clients=True, but {type(self.module).__name__}.validation_step gives no figure for clients' held-out samples "
+                "(a model that learns from two views has none for single images): judge its features by probes, and leave it out"
+            )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
     def _fingerprint(self) -> dict[str, str]:
@@ -251,6 +277,10 @@ class Run:
             "data": str(self.data.describe() if hasattr(self.data, "describe") else type(self.data).__name__),
         }
 
+    def _configuration(self) -> dict[str, Any]:
+        """What loggers are told that the run is, where nobody says."""
+        return {**self._fingerprint(), "rounds": self.settings.rounds}
+
     def _start_clean(self) -> int:
         if self.settings.folder is not None and (last := checkpoint.newest(self.settings.folder)) is not None:
             raise ValueError(f"{last} is there already; go on from it with resume=True (--resume), or use another folder")
@@ -262,13 +292,19 @@ class Run:
         folder = self.settings.folder
         if folder is None:
             raise ValueError("to resume, give the folder in which the run's checkpoints are")
-        path = checkpoint.newest(folder)
-        if path is None:
-            if self.processes.rank == 0:
+        found = checkpoint.read_newest(folder)
+        self._check_all_see(0 if found is None else found[1]["round"], folder)
+        first = self.processes.rank == 0
+        if found is None:
+            if first:
                 self.report.say(f"there is no checkpoint in {folder}: starting from the first round")
+                self.report.resumed(None, self.result)
             return 0
-        state = checkpoint.read(path)
+        path, state, damaged = found
         checkpoint.check_same_run(path, state["fingerprint"], self._fingerprint())
+        for other, why in damaged.items() if first else ():
+            aside = checkpoint.set_aside(other).name
+            self.report.say(f"[yellow]{escape(why)}; set aside as {aside}; going on from the newest that can be read, {path.name}")
         for name, value in state["server"].items():
             self.server[name].copy_(value)
         self.optimizer_of_server.load_state_dict(state["server_optimizer"])
@@ -276,9 +312,22 @@ class Run:
         self.result.cost.load_state_dict(state["cost"])
         self.result.history, self.result.metrics = state["history"], state["metrics"]
         self.result.rounds = state["round"]
-        if self.processes.rank == 0:
+        if first:
             self.report.resumed(path, self.result)
         return int(state["round"])
+
+    def _check_all_see(self, round: int, folder: Path) -> None:
+        """All processes read the folder for themselves, and must go on from one checkpoint.
+
+        Raises:
+            ValueError: they do not: hosts that share no disk.
+        """
+        rounds = self.processes.gather(round)
+        if len(set(rounds)) > 1:
+            raise ValueError(
+                f"processes find different checkpoints in {folder} (after {', '.join(map(str, rounds))} rounds, by rank): "
+                "give a folder that all hosts share"
+            )
 
     def _save(self, round: int, interrupted: bool = False) -> None:
         """After ``round`` rounds. The state between rounds is whole, so a run that is interrupted loses at most the round it was in."""

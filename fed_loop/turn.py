@@ -134,11 +134,19 @@ class Clients:
             clock = Clock(visit.round, step)
             size = count_samples(batch)
             samples += size
-            if self.meters.wants(plan.structure, step, size):
-                loss, cost = self._step.metered(self.module, self._optimizer, batch, clock)
-                self.meters.note(cost)
-            else:
-                loss = self._step(self.module, self._optimizer, batch, clock)
+            try:
+                if self.meters.wants(plan.structure, step, size):
+                    loss, cost = self._step.metered(self.module, self._optimizer, batch, clock)
+                    self.meters.note(cost)
+                else:
+                    loss = self._step(self.module, self._optimizer, batch, clock)
+            except ValueError as error:
+                if size != 1:
+                    raise
+                raise ValueError(
+                    f"client {visit.client} has a batch of a single sample, which {type(self.module).__name__} cannot train on ({error}): "
+                    "leave such batches out (drop_last=True), or choose another batch_size"
+                ) from error
             losses += loss
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)

@@ -1,13 +1,16 @@
 """Bad input: one clear line, or one client's update rejected and counted; and evaluation by hand."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from featherlight.fed_loop import Federation
+from featherlight.fed_loop.predict import predict
 from featherlight.plugins import LayerFreezing, Plugin
+from featherlight.ssl_models import Classifier
 
 
 # -- updates that are not numbers -------------------------------------------------------------------------------------
@@ -54,6 +57,7 @@ def test_where_all_are_rejected_the_server_stays(encodes, net, points, federatio
     result = federation(2, server=None).run(module, data, [Codec()] if encodes else [])
     same(module.state_dict(), before)
     assert [(row["clients"], row["rejected"]) for row in result.history] == [(0, 2)] * 2
+    assert all(math.isnan(row["loss"]) for row in result.history)
 
 
 class Sends(Plugin):
@@ -193,7 +197,7 @@ def test_clients_are_evaluated_on_their_own_held_out_samples(net, points, federa
     assert result.metrics["client_loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-def test_a_validation_step_may_return_its_loss_or_nothing(net, points, federation):
+def test_a_validation_step_may_return_its_loss_but_not_nothing(net, points, federation):
     class Loss(net):
         def validation_step(self, batch, batch_idx):
             return torch.tensor(2.5)
@@ -203,7 +207,56 @@ def test_a_validation_step_may_return_its_loss_or_nothing(net, points, federatio
             return None
 
     assert federation(1, evaluate_clients=True).run(Loss(), points([8], held_out=3)).metrics == {"client_loss": 2.5}
-    assert federation(1, evaluate_clients=True).run(Nothing(), points([8], held_out=3)).metrics == {}
+    with pytest.raises(ValueError, match=r"Nothing.validation_step gives no figure for clients' held-out samples"):
+        federation(1, evaluate_clients=True).run(Nothing(), points([8], held_out=3))
+
+
+def test_a_model_of_two_views_cannot_be_evaluated_on_clients_single_images(ssl, digits, federation):
+    with pytest.raises(ValueError, match=r"SimCLR.validation_step gives no figure.*judge its features by probes"):
+        federation(1, evaluate_clients=True).run(ssl("simclr"), digits(client_val_fraction=0.2))
+
+
+def test_clients_that_hold_nothing_out_cannot_be_evaluated(digits, federation):
+    def make():
+        return Classifier("resnet9", image_size=8, in_channels=1, optimizer="sgd")
+
+    options = {"views": 1, "num_clients": 2, "limit_train": 20}
+    with pytest.raises(ValueError, match="no client holds samples out for evaluation: set client_val_fraction"):
+        federation(1, evaluate_clients=True).run(make(), digits(**options))
+    result = federation(1, evaluate_clients=True).run(make(), digits(**options, client_val_fraction=0.2))
+    assert result.metrics["client_loss"] > 0
+
+
+# -- batches of one sample -------------------------------------------------------------------------------------------
+def test_a_batch_of_one_sample_is_told_where_the_model_cannot_train_on_it(net, points, federation):
+    """Batch norm of (1, 8) has no variance; client 1 has 4 + 1 samples."""
+    with pytest.raises(ValueError, match=r"client 1 has a batch of a single sample, which Net cannot train on .*drop_last=True") as error:
+        federation(1).run(net(), points([8, 5]))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_batch_of_one_sample_is_trained_on_where_the_model_can(net, points, federation):
+    class Linear(net):
+        def forward(self, x):
+            return self.head(self.stem(x))
+
+    assert federation(1).run(Linear(), points([8, 5])).history[0]["clients"] == 2
+
+
+def test_data_can_leave_out_a_batch_of_one_sample(digits, federation, cost_of):
+    """17 images in batches of 8: two are trained on, the third, of one image, is left out, and predicted so."""
+
+    def make():
+        torch.manual_seed(0)
+        return Classifier("resnet9", image_size=8, in_channels=1, optimizer="sgd")
+
+    options = {"num_clients": 1, "views": 1, "limit_train": 17, "batch_size": 8}
+    with pytest.raises(ValueError, match="client 0 has a batch of a single sample, which Classifier cannot train on"):
+        federation(1).run(make(), digits(**options))
+    settings = federation(1)
+    measured = cost_of(settings.run(make(), digits(**options, drop_last=True)).cost)
+    predicted = cost_of(predict(settings, make, digits(**options, drop_last=True)))
+    assert predicted["total"]["flops_forward"] == measured["total"]["flops_forward"]
 
 
 def test_the_server_is_evaluated_when_asked_and_at_the_end(net, points, federation, same):

@@ -158,3 +158,83 @@ def test_disk_full_while_training(net, points, federation, same, tmp_path, monke
     federation(4, folder=tmp_path).run(module, points([8, 8]), resume=True)
     federation(4).run(whole, points([8, 8]))
     same(module.state_dict(), whole.state_dict())
+
+
+# -- damaged checkpoints ------------------------------------------------------------------------------------------------
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "a byte": flip,
+    "malicious": lambda path: torch.save({"round": 3, "server": Malicious(path.parent / "witness")}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damage, net, points, federation, same, capsys, tmp_path):
+    module, whole = net(), net()
+    result = federation(3, folder=tmp_path).run(net(), points([8, 8]))
+    newest = tmp_path / "round-000003.ckpt"
+    DAMAGE[damage](newest)
+    bad = newest.read_bytes()
+    again = federation(4, folder=tmp_path).run(module, points([8, 8]), resume=True)
+    federation(4).run(whole, points([8, 8]))
+    same(module.state_dict(), whole.state_dict())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "round-000003.ckpt cannot be read: damaged" in said
+    assert "going on from the newest that can be read, round-000002.ckpt" in said
+    assert not (tmp_path / "witness").exists()
+    assert (tmp_path / "round-000003.ckpt.damaged").read_bytes() == bad
+    assert checkpoint.read(newest)["round"] == 3  # written anew
+    assert [row["loss"] for row in again.history[:3]] == [row["loss"] for row in result.history]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in lines] == [0, 1, 2, 3]
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_touched(net, points, federation, tmp_path):
+    federation(3, folder=tmp_path).run(net(), points([8, 8]))
+    for path in checkpoint.existing(tmp_path):
+        DAMAGE["malicious"](path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"000003.ckpt cannot be read.*000002.ckpt cannot be read.*no other checkpoint is there"):
+        federation(4, folder=tmp_path).run(net(), points([8, 8]), resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_run_is_refused_after_a_damaged_checkpoint_too(net, points, federation, tmp_path):
+    federation(3, folder=tmp_path).run(net(), points([8, 8]))
+    DAMAGE["a byte"](tmp_path / "round-000003.ckpt")
+    with pytest.raises(ValueError, match=r"round-000002.ckpt is of another run: seed was 0, now 1"):
+        federation(4, folder=tmp_path, seed=1).run(net(), points([8, 8]), resume=True)
+    assert (tmp_path / "round-000003.ckpt").exists()
+
+
+def test_processes_that_find_different_checkpoints_are_told(net, points, federation, tmp_path, monkeypatch):
+    """As on two hosts that share no disk."""
+    from featherlight.fed_loop.processes import Processes
+
+    federation(1, folder=tmp_path).run(net(), points([8]))
+    monkeypatch.setattr(Processes, "gather", lambda self, item: [item, 0])
+    with pytest.raises(ValueError, match=r"different checkpoints in .* \(after 1, 0 rounds, by rank\): give a folder that all hosts share"):
+        federation(2, folder=tmp_path).run(net(), points([8]), resume=True)
+
+
+def test_rounds_that_no_checkpoint_holds_are_forgotten(net, points, federation, tmp_path):
+    """Killed before the first checkpoint: rounds begin anew, and stand in metrics.jsonl once."""
+    with pytest.raises(RuntimeError, match="stop here"):
+        federation(3, folder=tmp_path, checkpoint_every=9).run(net(), points([8, 8]), [Stop(2)])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    result = federation(3, folder=tmp_path, checkpoint_every=9).run(net(), points([8, 8]), resume=True)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == result.history
