@@ -6,7 +6,7 @@ Where every entry trains, as in plain federated averaging, nothing is remembered
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -31,10 +31,10 @@ class Ledger:
         self._versions: dict[str, int] = {}
         self._kept: dict[int, dict[str, int]] = {}
 
-    def to_send(self, client: int, held: Iterable[str]) -> list[str]:
-        """The entries that ``client`` needs and does not hold as the server has them."""
+    def to_send(self, client: int, held: Iterable[str], made: Collection[str] = ()) -> list[str]:
+        """The entries that ``client`` needs and does not hold as the server has them; those ``made`` for it alone always."""
         kept = self._kept.get(client, {})
-        return [name for name in held if self.resend or kept.get(name) != self._version(name)]
+        return [name for name in held if self.resend or name in made or kept.get(name) != self._version(name)]
 
     def after(self, client: int, held: Iterable[str], trained: Iterable[str]) -> dict[str, int]:
         """What ``client`` keeps once it has trained: name → version."""

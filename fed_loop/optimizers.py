@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from featherlight.plugins.optimizer_state import hand_over_decay
+
 
 class ClientOptimizer:
     """The optimizer every client starts anew, and its learning rate over rounds.
@@ -22,7 +24,9 @@ class ClientOptimizer:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        optimizers, schedulers = _parse(module.configure_optimizers())  # type: ignore[operator]
+        configured = module.configure_optimizers()  # type: ignore[operator]
+        hand_over_decay(configured)
+        optimizers, schedulers = _parse(configured)
         if len(optimizers) != 1:
             raise ValueError(
                 f"{type(module).__name__}.configure_optimizers gives {len(optimizers)} optimizers; "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import Precision
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
@@ -20,10 +20,10 @@ from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.meters import Meters
-from featherlight.fed_loop.optimizers import ClientOptimizer
-from featherlight.fed_loop.plan import Plan, make_plan, shareable
+from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.trainees import Trainee, Trainees, derived
 from featherlight.fed_loop.wire import packed_length
-from featherlight.plugins import Chain, Clock, Plugin, Visit, find_targets
+from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
 from featherlight.plugins.cost_table import CostTable
 from featherlight.plugins.optimizer_state import clear
 
@@ -63,10 +63,11 @@ def _precision(settings: Federation) -> Precision:
 
 def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequence[Plugin], progress: Callable[[int], None]) -> CostTable:
     chain = Chain(plugins)
+    blank = chain.anew()
     targets = find_targets(module)
     chain.attach(module)
     try:
-        return _Prediction(settings, module, data, chain, targets).rounds(progress)
+        return _Prediction(settings, module, data, chain, blank, targets).rounds(progress)
     finally:
         chain.detach()
 
@@ -75,30 +76,36 @@ def _clip(module: nn.Module, optimizer: Optimizer, largest: float) -> None:
     nn.utils.clip_grad_norm_(module.parameters(), largest)
 
 
+def _as_it_is(module: nn.Module, optimizer: Optimizer) -> Optimizer:
+    return optimizer
+
+
 class _Prediction:
-    def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, targets: dict[str, str]) -> None:
-        self.settings, self.module, self.data, self.chain, self.targets = settings, module, data, chain, targets
-        self.optimizer = ClientOptimizer(module).optimizer
+    def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, blank: Chain, targets: dict[str, str]) -> None:
+        self.settings, self.data, self.chain = settings, data, chain
         limit = None if settings.clip is None else partial(_clip, largest=settings.clip)
-        self.step = LocalStep(chain, _precision(settings), clip=limit)
-        self.server = shareable(module, targets)
+        step = partial(LocalStep, precision=_precision(settings), clip=limit)
+        self.own = Trainee(module, chain, targets, step, _as_it_is)
+        self.trainees = Trainees(self.own, blank, step, _as_it_is)
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
         self._lengths: dict[Any, int] = {}
+        self._served: dict[Any, tuple[Message, set[str]]] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
         settings = self.settings
         for round in range(settings.rounds):
-            self.module.train()
-            self.chain.advance(Clock(round, 0))
+            self.own.begin(Clock(round, 0))
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
             for client in sample(self.data.num_clients, settings.cohort, settings.seed, round):
                 visit = Visit(round, client, settings.seed)
-                plan = make_plan(self.module, self.chain, self.targets, visit)
-                kept[client] = self.ledger.after(client, plan.received, plan.sent)
-                self._turn(plan, visit)
+                trainee = self.trainees.of(visit)
+                plan = trainee.plan(visit)
+                served, made = self._serve(trainee, plan, visit)
+                kept[client] = self.ledger.after(client, (name for name in plan.received if name not in made), plan.sent)
+                self._turn(trainee, plan, visit, served, made)
                 changed |= plan.sent.keys()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
@@ -106,26 +113,34 @@ class _Prediction:
             progress(round + 1)
         return self.table
 
-    def _turn(self, plan: Plan, visit: Visit) -> None:
+    def _serve(self, trainee: Trainee, plan: Plan, visit: Visit) -> tuple[Message, set[str]]:
+        """What goes down, in shapes: worked out once for all visits whose modules and plans are alike."""
+        key = id(trainee), plan.structure
+        if key not in self._served:
+            served = self.trainees.serve(self.own.live, visit)
+            self._served[key] = served, derived(served, self.own.live)
+        return self._served[key]
+
+    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Message, made: set[str]) -> None:
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
-        clear([self.optimizer])
-        self.module.zero_grad()
+        clear([trainee.raw_optimizer])
+        trainee.module.zero_grad()
         for step, samples in enumerate(sizes[:2]):
             if self.meters.wants(plan.structure, step, samples):
                 batch = self.data.example_batch(samples)
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
-                    _, of_step = self.step.metered(self.module, self.optimizer, batch, Clock(visit.round, step))
+                    _, of_step = trainee.step.metered(trainee.module, trainee.raw_optimizer, batch, Clock(visit.round, step))
                 self.meters.note(of_step)
-        names = self.ledger.to_send(visit.client, plan.received)
+        names = self.ledger.to_send(visit.client, plan.received, made)
         up = dict(plan.sent)
-        if self.chain.encodes:
-            up = self.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
-        down = self._length({name: self.server[name] for name in names})
+        if self.chain.by_differences:
+            up = trainee.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
+        down = self._length({name: served[name] for name in names})
         cost = self.meters.turn_cost(plan, sum(sizes), down, self._length(up))
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
 
-    def _length(self, message: dict[str, Tensor]) -> int:
+    def _length(self, message: Message) -> int:
         """``packed_length``, worked out once for messages of the same names and shapes."""
         key = tuple((name, value.shape) for name, value in message.items())
         if key not in self._lengths:

@@ -5,31 +5,32 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from rich.markup import escape
 from torch import nn
+from torch.optim import Optimizer
 
 from featherlight.fed_loop import checkpoint
 from featherlight.fed_loop.aggregate import Mean
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import as_weights
-from featherlight.fed_loop.optimizers import ClientOptimizer
-from featherlight.fed_loop.plan import may_travel, shareable
+from featherlight.fed_loop.local_step import LocalStep, as_weights
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.trainees import Trainee, Trainees
 from featherlight.fed_loop.turn import Clients, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
-from featherlight.plugins.optimizer_state import release
 from featherlight.plugins.targets import follow
 
 if TYPE_CHECKING:
@@ -47,16 +48,20 @@ class Run:
         self.processes.launch()
         self.report = report
         self.targets = find_targets(module)
+        self.blank = chain.anew()
         chain.attach(module)
 
     def begin(self) -> None:
         """Set the model up; from here on :meth:`close` leaves it an ordinary module."""
         settings, module, data = self.settings, self.module, self.data
-        self.optimizer = ClientOptimizer(module)
-        self.clients = Clients(
-            self.processes.fabric, module, self.optimizer, self.chain, self.targets, data, settings.local_epochs, settings.clip
-        )
-        self.live = shareable(module, self.targets)
+        fabric = self.processes.fabric
+        limit = None if settings.clip is None else partial(fabric.clip_gradients, max_norm=settings.clip, error_if_nonfinite=False)
+        step = partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=limit)
+        setup = partial(_setup, fabric)
+        self.own = Trainee(module, self.chain, self.targets, step, setup)
+        self.trainees = Trainees(self.own, self.blank, step, setup)
+        self.clients = Clients(fabric, self.trainees, data)
+        self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.processes.from_first(self.server.values())
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
@@ -102,7 +107,7 @@ class Run:
         cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
         mine = balance(cohort, self.sizes, processes.size)[processes.rank]
         visits = [Visit(round, client, settings.seed) for client in mine]
-        mean = Mean(self._travels(Visit(round, cohort[0], settings.seed)), self.chain.decodes)
+        mean = Mean(self.trainees.travels(Visit(round, client, settings.seed) for client in cohort), self.chain.decodes)
         total = sum(self.sizes[client] for client in cohort)
         turns = []
         self.clients.begin_round()
@@ -122,9 +127,7 @@ class Run:
     def _advance(self, clock: Clock) -> None:
         """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""
         self._load_server()
-        self.module.train()
-        release([self.optimizer.optimizer], self.chain.advance(clock))
-        self.optimizer.go_to(clock.period)
+        self.own.begin(clock)
         self._adopt(clock.period - 1)
 
     def _adopt(self, period: int) -> None:
@@ -133,15 +136,6 @@ class Run:
         for name in changed:
             self.server[name].copy_(self.live[name].detach())
         self.ledger.changed(changed, period)
-
-    def _travels(self, visit: Visit) -> Message:
-        """Entries as they reach the server in this round, for their names and shapes."""
-        like: Message = {name: value.detach() for name, value in may_travel(self.module, self.live).items()}
-        if not self.chain.encodes:
-            return like
-        zeros = {name: torch.zeros_like(value) for name, value in like.items()}
-        decoded = self.chain.decode(self.chain.encode(zeros, visit), visit)
-        return {name: value[0] if isinstance(value, tuple) else value for name, value in decoded.items()}
 
     def _admit(self, turn: Turn, update: Message, weight: float, mean: Mean) -> None:
         """Add an update, or note why it is rejected."""
@@ -154,11 +148,13 @@ class Run:
 
     def _update(self, mean: Mean, clock: Clock) -> None:
         """The server's step: mean → lift → server optimizer → settle."""
-        result = mean.result()
+        result: Mapping[str, Any] = mean.result()
+        if self.chain.by_differences:
+            result = self.chain.lift(result, clock)
         held_by_some = {name: entry[1] for name, entry in result.items() if isinstance(entry, tuple)}
         total = {name: entry[0] if isinstance(entry, tuple) else entry for name, entry in result.items()}
-        if self.chain.encodes:
-            total = {name: self.server[name].double() + change for name, change in self.chain.lift(total, clock).items()}
+        if self.chain.by_differences:
+            total = {name: self.server[name].double() + change for name, change in total.items()}
         for name, value in total.items():
             old = self.server[name]
             new = value  # of statistics and counts, which momentum would carry past what was measured (a variance below 0)
@@ -193,8 +189,9 @@ class Run:
             "rejected": len(turns) - len(used),
             "bytes_down": sum(turn.cost.bytes_down for turn in turns),
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
-            "lr": self.optimizer.optimizer.param_groups[0]["lr"],
+            "lr": self.own.raw_optimizer.param_groups[0]["lr"],
             "seconds": seconds,
+            **self.chain.figures(),
         }
         last = round + 1 == self.settings.rounds
         due = self.settings.evaluate_every and (round + 1) % self.settings.evaluate_every == 0
@@ -351,3 +348,8 @@ class Run:
             "metrics": self.result.metrics,
         }
         self.report.saved(checkpoint.write(settings.folder, round, state), interrupted)
+
+
+def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:
+    _, wrapped = fabric.setup(module, optimizer)
+    return wrapped

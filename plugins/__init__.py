@@ -6,6 +6,7 @@ from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
 from featherlight.plugins.layer_freezing import LayerFreezing
 from featherlight.plugins.present import held, trained
+from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
 from featherlight.plugins.targets import find_targets
 
@@ -17,6 +18,7 @@ __all__ = [
     "LayerFreezing",
     "Message",
     "Plugin",
+    "PrismSampling",
     "ProgressiveGrowth",
     "Tower",
     "Visit",

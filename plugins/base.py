@@ -28,10 +28,15 @@ class Clock(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Parameters that stopped and parameters that began to be trained; falsy when there are none."""
+    """Parameters that stopped and parameters that began to be trained; falsy when there are none.
+
+    Args:
+        renewed: parameters that begin anew, so that what an optimizer keeps of their past is void.
+    """
 
     froze: tuple[nn.Parameter, ...] = ()
     thawed: tuple[nn.Parameter, ...] = ()
+    renewed: tuple[nn.Parameter, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.froze or self.thawed)
@@ -53,8 +58,12 @@ class Plugin:
 
     A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
     :meth:`visit`, and in every step :meth:`before_forward`, :meth:`extra_loss`, :meth:`after_backward` and
-    :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it. A federated host also calls
-    :meth:`encode` and :meth:`decode` for what travels, and :meth:`lift` and :meth:`settle` on the server.
+    :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it.
+
+    A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
+    to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift` and
+    :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same arguments, which
+    gets the verbs of training and :meth:`encode`; without one, the first does both.
     """
 
     # -- on the model being trained -------------------------------------------------------------------------------
@@ -88,7 +97,19 @@ class Plugin:
     def detach(self) -> None:
         """Leave an ordinary ``nn.Module``."""
 
-    # -- federated: the wire -------------------------------------------------------------------------------------------------
+    # -- federated: structure -------------------------------------------------------------------------------------
+    def narrow(self, visit: Visit) -> nn.Module | None:
+        """A really smaller module for this client, or None: the server's own. The same object for clients whose modules are alike."""
+        return None
+
+    # -- federated: the wire --------------------------------------------------------------------------------------
+    def encode_down(self, message: Message, visit: Visit) -> Message:
+        """The server's side: from its entries to those that this client's module has.
+
+        What comes back as the same object is the server's own, and may be kept by the client from one round to the next.
+        """
+        return message
+
     def encode(self, message: Message, visit: Visit) -> Message:
         """A client's side: select, project or quantise the entries of its update."""
         return message
@@ -101,12 +122,20 @@ class Plugin:
         return message
 
     # -- federated: the server, once a round ----------------------------------------------------------------------
-    def lift(self, total: Message, clock: Clock) -> Message:
-        """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again."""
+    def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
+        """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again.
+
+        Args:
+            total: mean changes, float64, by name; ``(mean, held)`` with a mask where somebody held only some of the elements.
+        """
         return total
 
     def settle(self, server: nn.Module, clock: Clock) -> None:
         """After the server's update: a new factorisation, calibration on the server's own data."""
+
+    def figures(self) -> Mapping[str, float]:
+        """What this method tells of the round that ends, by name, for the log."""
+        return {}
 
     # -- what a method is -----------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,9 +30,18 @@ class Chain(Plugin):
         return any(overrides(plugin, "decode") for plugin in self.plugins)
 
     @property
-    def encodes(self) -> bool:
-        """Whether any plugin changes what travels; where none does, entries travel as they are."""
-        return any(overrides(plugin, "encode") for plugin in self.plugins)
+    def by_differences(self) -> bool:
+        """Whether differences must travel up, since a plugin changes them there or on arrival; where none does, new values travel."""
+        return any(overrides(plugin, verb) for plugin in self.plugins for verb in ("encode", "lift"))
+
+    @property
+    def encodes_down(self) -> bool:
+        """Whether any plugin changes what goes to a client."""
+        return any(overrides(plugin, "encode_down") for plugin in self.plugins)
+
+    def anew(self) -> Chain:
+        """The same plugins, not attached to anything. To be asked for before :meth:`attach`."""
+        return copy.deepcopy(self)
 
     def attach(self, model: nn.Module) -> None:
         for number, plugin in enumerate(self.plugins):
@@ -43,7 +53,7 @@ class Chain(Plugin):
 
     def advance(self, clock: Clock) -> Change:
         changes = [plugin.advance(clock) for plugin in self.plugins]
-        return Change(tuple(p for c in changes for p in c.froze), tuple(p for c in changes for p in c.thawed))
+        return Change(*(tuple(parameter for change in changes for parameter in change[kind]) for kind in range(3)))
 
     def stage(self, period: int) -> int:
         return sum(plugin.stage(period) for plugin in self.plugins)
@@ -72,6 +82,18 @@ class Chain(Plugin):
         for plugin in reversed(self.plugins):
             plugin.detach()
 
+    def narrow(self, visit: Visit) -> nn.Module | None:
+        modules = [module for plugin in self.plugins if (module := plugin.narrow(visit)) is not None]
+        if len(modules) > 1:
+            narrowing = ", ".join(type(plugin).__name__ for plugin in self.plugins if overrides(plugin, "narrow"))
+            raise ValueError(f"{narrowing} each make a smaller module for a client, which can have one: choose one of them")
+        return modules[0] if modules else None
+
+    def encode_down(self, message: Message, visit: Visit) -> Message:
+        for plugin in self.plugins:
+            message = plugin.encode_down(message, visit)
+        return message
+
     def encode(self, message: Message, visit: Visit) -> Message:
         for plugin in self.plugins:
             message = plugin.encode(message, visit)
@@ -83,7 +105,7 @@ class Chain(Plugin):
             decoded = plugin.decode(dict(decoded), visit)
         return decoded
 
-    def lift(self, total: Message, clock: Clock) -> Message:
+    def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         for plugin in reversed(self.plugins):
             total = plugin.lift(total, clock)
         return total
@@ -91,6 +113,9 @@ class Chain(Plugin):
     def settle(self, server: nn.Module, clock: Clock) -> None:
         for plugin in self.plugins:
             plugin.settle(server, clock)
+
+    def figures(self) -> Mapping[str, float]:
+        return {name: figure for plugin in self.plugins for name, figure in plugin.figures().items()}
 
     def describe(self) -> dict[str, Any]:
         return {f"{position}.{type(plugin).__name__}": plugin.describe() for position, plugin in enumerate(self.plugins)}

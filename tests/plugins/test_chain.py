@@ -124,8 +124,20 @@ def test_who_changes_what_travels_is_known():
         def encode(self, message, visit):
             return message
 
-    assert (Chain([Encoder()]).encodes, Chain([Encoder()]).decodes) == (True, False)
-    assert not Chain([Plugin()]).encodes
+    class Lifter(Plugin):
+        def lift(self, total, clock):
+            return total
+
+    class Server(Plugin):
+        def encode_down(self, message, visit):
+            return message
+
+    assert (Chain([Encoder()]).by_differences, Chain([Encoder()]).decodes) == (True, False)
+    assert Chain([Plugin(), Lifter()]).by_differences
+    assert not Chain([Plugin(), Server()]).by_differences
+    assert Chain([Plugin(), Server()]).encodes_down
+    assert not Chain([Encoder()]).encodes_down
+    assert not Chain([Plugin()]).by_differences
     assert Chain([Plugin(), Recorder(1)]).decodes
 
 
@@ -135,6 +147,24 @@ def test_every_verb_of_a_bare_plugin_does_nothing():
         assert result is None
     assert plugin.extra_loss(model, None) is None
     assert plugin.encode(message, Visit(0)) is plugin.decode(message, Visit(0)) is plugin.lift(message, Clock(0)) is message
+    assert plugin.encode_down(message, Visit(0)) is message
+    assert plugin.narrow(Visit(0)) is None
+    assert plugin.figures() == {}
+
+
+def test_a_client_can_have_one_smaller_module():
+    class Narrowing(Plugin):
+        def __init__(self, module):
+            self.module = module
+
+        def narrow(self, visit):
+            return self.module
+
+    small = nn.Linear(1, 1)
+    assert Chain([Plugin(), Narrowing(small), Plugin()]).narrow(Visit(0)) is small
+    assert Chain([Narrowing(None)]).narrow(Visit(0)) is None
+    with pytest.raises(ValueError, match="^Narrowing, Narrowing each make a smaller module for a client, which can have one"):
+        Chain([Narrowing(small), Narrowing(small)]).narrow(Visit(0))
 
 
 def test_what_is_no_plugin_is_refused():

@@ -1,0 +1,113 @@
+"""The modules that clients train: the server's own, and smaller ones that a plugin makes for some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from featherlight.fed_loop.local_step import LocalStep
+from featherlight.fed_loop.optimizers import ClientOptimizer
+from featherlight.fed_loop.plan import Plan, make_plan, may_travel, shareable
+from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
+from featherlight.plugins.optimizer_state import check_covered, release
+
+
+class Trainee:
+    """One module that clients train, with the plugins attached to it and its optimizer.
+
+    Args:
+        chain: attached to ``module``.
+        targets: its momentum copies.
+        step: makes a local step for a chain.
+        setup: brings a module and its optimizer to the device; returns the optimizer to step with.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        chain: Chain,
+        targets: dict[str, str],
+        step: Callable[[Chain], LocalStep],
+        setup: Callable[[nn.Module, Optimizer], Any],
+    ) -> None:
+        self.module, self.chain, self.targets = module, chain, targets
+        self.schedule = ClientOptimizer(module)
+        self.raw_optimizer = self.schedule.optimizer
+        self.optimizer = setup(module, self.raw_optimizer)
+        self.live = shareable(module, targets)
+        self.step = step(chain)
+        self._begun = -1
+
+    def begin(self, clock: Clock) -> None:
+        """Bring the module to where ``clock`` says it is; a second call in the same round does nothing."""
+        if self._begun == clock.period:
+            return
+        self._begun = clock.period
+        self.module.train()
+        release([self.raw_optimizer], self.chain.advance(clock))
+        self.schedule.go_to(clock.period)
+
+    def plan(self, visit: Visit) -> Plan:
+        """Begin ``visit`` and read off what it takes."""
+        plan = make_plan(self.module, self.chain, self.targets, visit)
+        check_covered(self.module, [self.raw_optimizer])
+        return plan
+
+
+class Trainees:
+    """The server's own module, and one more for each that :meth:`Plugin.narrow` gave.
+
+    Args:
+        own: the server's, its plugins attached.
+        blank: the same plugins, attached to nothing.
+    """
+
+    def __init__(
+        self, own: Trainee, blank: Chain, step: Callable[[Chain], LocalStep], setup: Callable[[nn.Module, Optimizer], Any]
+    ) -> None:
+        self.own, self._blank, self._step, self._setup = own, blank, step, setup
+        self._smaller: dict[int, Trainee] = {}
+
+    def of(self, visit: Visit) -> Trainee:
+        """What the client of ``visit`` trains, brought to its round."""
+        module = self.own.chain.narrow(visit)
+        if module is None:
+            return self.own
+        if id(module) not in self._smaller:
+            chain = self._blank.anew()
+            targets = find_targets(module)
+            chain.attach(module)
+            self._smaller[id(module)] = Trainee(module, chain, targets, self._step, self._setup)
+        trainee = self._smaller[id(module)]
+        trainee.begin(Clock(visit.round, 0))
+        return trainee
+
+    def serve(self, server: Message, visit: Visit) -> Message:
+        """The server's entries as the client of ``visit`` gets them."""
+        chain = self.own.chain
+        return chain.encode_down(server, visit) if chain.encodes_down else server
+
+    def travels(self, visits: Iterable[Visit]) -> Message:
+        """Entries as they may reach the server from ``visits``, for their names and shapes."""
+        like: Message = {}
+        seen: set[int] = set()
+        for visit in visits:
+            trainee = self.of(visit)
+            if id(trainee) in seen:
+                continue
+            seen.add(id(trainee))
+            entries: Mapping[str, Any] = {name: value.detach() for name, value in may_travel(trainee.module, trainee.live).items()}
+            if self.own.chain.by_differences:
+                zeros = {name: torch.zeros_like(value) for name, value in entries.items()}
+                entries = self.own.chain.decode(trainee.chain.encode(zeros, visit), visit)
+            like |= {name: value[0] if isinstance(value, tuple) else value for name, value in entries.items()}
+        return like
+
+
+def derived(served: Mapping[str, Tensor], server: Mapping[str, Tensor]) -> set[str]:
+    """Entries that were made for one client, so that it need not keep them: they are not the server's own."""
+    return {name for name, value in served.items() if value is not server.get(name)}

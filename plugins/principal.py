@@ -1,0 +1,158 @@
+"""Which layers PriSM takes apart, and a model made smaller: a keep ratio's share of their principal kernels and rows (arXiv 2208.13141)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from featherlight.plugins.sampled_layers import LAYERS, NORMS, norm_behind
+
+MLP = re.compile(r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+)$")
+"""How transformers name the linear layers of their MLPs (timm, torchvision, torch.nn, Hugging Face)."""
+ATTENTION = re.compile(r"(^|\.)(qkv|q_proj|k_proj|v_proj|o_proj|out_proj|query|key|value|attn\.proj)$")
+"""How they name those of attention."""
+
+
+class Layer(NamedTuple):
+    """A layer that is taken apart.
+
+    Args:
+        leader: the path of the layer whose draws it follows: its own, or its online twin's where it is in a momentum copy.
+        norm: path of the norm behind it, which then sees the sampled rows alone.
+        outputs: O; rank: R = min(O, K); samples_rows: whether of its outputs a part is drawn, too.
+    """
+
+    leader: str
+    norm: str | None
+    outputs: int
+    rank: int
+    samples_rows: bool
+
+    def kernels_at(self, keep: float) -> int:
+        """r = ⌈κR⌉."""
+        return ceil(round(keep * self.rank, 9))
+
+    def rows_at(self, keep: float) -> int:
+        """n = ⌈κO⌉, or O."""
+        return ceil(round(keep * self.outputs, 9)) if self.samples_rows else self.outputs
+
+
+def find_layers(model: nn.Module, layers: str | Sequence[str], attention: bool, rows: bool, targets: dict[str, str]) -> dict[str, Layer]:
+    """The layers to take apart, by path.
+
+    Args:
+        layers: ``"auto"``: convolutions of more than one tap and more than 3 input channels, and the linear layers of transformers'
+            MLPs, with ``attention`` those of attention, too; or paths and patterns.
+
+    Raises:
+        ValueError: nothing found, or something named cannot be taken apart.
+    """
+    kinds = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    if layers == "auto":
+        chosen = [path for path, module in kinds.items() if _is_auto(path, module, attention)]
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in kinds):
+                raise ValueError(f'layer "{pattern}" not found; convolutions and linear layers of this model are {_listed(kinds)}')
+        chosen = [path for path in kinds if any(fnmatchcase(path, pattern) for pattern in patterns)]
+        for path in chosen:
+            if reason := _why_not(kinds[path]):
+                raise ValueError(f'layer "{path}" cannot be taken apart: {reason}; name others, or use layers="auto"')
+    chosen = [path for path in chosen if not _why_not(kinds[path])]
+    if not chosen:
+        raise ValueError(
+            "nothing to take apart: no convolution of more than one tap (the stem apart), no transformer's MLP; name linear layers with "
+            f"layers=[...]: {_listed(kinds)}"
+        )
+    return {path: _layer(model, path, kinds[path], rows, targets) for path in chosen}
+
+
+def shrink(model: nn.Module, layers: dict[str, Layer], keep: float) -> nn.Module:
+    """A copy of ``model`` whose ``layers`` hold the share ``keep`` of their kernels and rows, and the norms behind them as many channels.
+
+    Its weights are of no meaning until they are sent; ``model`` must be as its user made it.
+    """
+    # tensors are copied here, since deepcopy does not know those without data, with which cost is predicted
+    copies: dict[int, Any] = {id(value): value.clone() for value in model.buffers()}
+    copies |= {id(value): _parameter(value, value.shape) for value in model.parameters()}
+    small = copy.deepcopy(model, copies)
+    for path, layer in layers.items():
+        module: Any = small.get_submodule(path)
+        kernels, rows = layer.kernels_at(keep), layer.rows_at(keep)
+        weight = module.weight
+        module.__class__ = next(new for old, new in LAYERS.items() if isinstance(module, old))
+        module.u = _parameter(weight, (rows, kernels))
+        module.v = _parameter(weight, (kernels, *weight.shape[1:]))
+        module.register_parameter("weight", None)
+        module.leader, module.whole, module.compact = layer.leader, layer.outputs, layer.norm is not None
+        places = torch.arange(rows, device=weight.device) if layer.samples_rows else None
+        module.register_buffer("rows", places, persistent=False)
+        if layer.samples_rows and module.bias is not None:
+            module.bias = _parameter(module.bias, (rows,))
+        if layer.norm is not None and layer.samples_rows:
+            norm: Any = small.get_submodule(layer.norm)
+            norm.__class__ = NORMS[type(norm)]
+            norm.leader, norm.whole = layer.leader, layer.outputs
+            norm.register_buffer("rows", places, persistent=False)  # the layer's own: one tensor, filled once
+            for name in ("weight", "bias"):
+                if getattr(norm, name) is not None:
+                    setattr(norm, name, _parameter(getattr(norm, name), (rows,)))
+            for name in ("running_mean", "running_var"):
+                if getattr(norm, name, None) is not None:
+                    setattr(norm, name, getattr(norm, name)[:rows].clone())
+    return small
+
+
+def _parameter(like: nn.Parameter, shape: Sequence[int]) -> nn.Parameter:
+    """Zeros of ``shape``, otherwise as ``like``."""
+    return nn.Parameter(like.detach().new_zeros(shape), requires_grad=like.requires_grad)
+
+
+def _layer(model: nn.Module, path: str, module: Any, rows: bool, targets: dict[str, str]) -> Layer:
+    outputs, inputs = module.weight.shape[0], module.weight[0].numel()
+    leader = next((online + path[len(target) :] for target, online in targets.items() if f"{path}.".startswith(f"{target}.")), path)
+    parent, _, name = path.rpartition(".")
+    siblings = model.get_submodule(parent)
+    behind = norm_behind(siblings, name) if isinstance(module, nn.Conv2d) else None
+    # an unknown norm would make something of channels that are not there
+    samples_rows = rows and (behind is not None or not _normalised(siblings, name))
+    norm = f"{parent}.{behind}".lstrip(".") if behind is not None and samples_rows else None
+    return Layer(leader, norm, outputs, min(outputs, inputs), samples_rows)
+
+
+def _normalised(parent: nn.Module, layer: str) -> bool:
+    """Whether what ``parent`` registers right behind ``layer`` is a norm."""
+    names = list(parent._modules)
+    behind = (parent._modules[name] for name in names[names.index(layer) + 1 :])
+    first = next((module for module in behind if module is not None and any(True for _ in module.parameters())), None)
+    return first is not None and "norm" in type(first).__name__.lower()
+
+
+def _is_auto(path: str, module: nn.Module, attention: bool) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels > 3 and module.weight[0, 0].numel() > 1
+    return bool(MLP.search(path) or (attention and ATTENTION.search(path)))
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a layer cannot be taken apart, or nothing."""
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"it convolves in {module.groups} groups, whose kernels see different channels"
+    if type(module) not in LAYERS:
+        return f"it is a {type(module).__name__}, of which only the class it is derived from is known"
+    if getattr(module, "parametrizations", None) is not None:
+        return "its weight is made by a parametrization"
+    return ""
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

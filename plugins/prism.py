@@ -1,0 +1,218 @@
+"""PriSM: every client trains a principal sub-model, a random share of each layer's most important kernels (arXiv 2208.13141)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featherlight.plugins import factors
+from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
+from featherlight.plugins.bypass import Bypass
+from featherlight.plugins.factors import Factors
+from featherlight.plugins.present import held
+from featherlight.plugins.principal import Layer, find_layers, shrink
+from featherlight.plugins.sampled_layers import sampled_layers
+from featherlight.plugins.seeds import generator
+from featherlight.plugins.targets import find_targets
+
+GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio's fraction fill [0, 1) evenly however many there are: so are keep ratios dealt out to clients."""
+
+
+class Pick(NamedTuple):
+    """What one client holds of one layer: ``kernels`` (r,) of R, ``rows`` (n,) of O; ascending indices, int64; None: all rows."""
+
+    kernels: Tensor
+    rows: Tensor | None
+
+
+class PrismSampling(Plugin):
+    """Train a model that no client holds whole. Layers are taken apart into principal kernels by an SVD; a client gets a share of them,
+    drawn by importance p_i = σ_i^k / Σ_j σ_j^k, trains those, and the server puts together what comes back, entry by entry.
+
+    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate.
+
+    Args:
+        keep: κ, the share of every layer that a client holds, in (0, 1]; or shares of clients by κ, as in ``{0.2: 0.6, 0.4: 0.4}``.
+        layers: what is taken apart: ``"auto"`` (convolutions of more than one tap but the stem; MLPs of transformers), or paths and
+            patterns.
+        attention: with ``"auto"``, take apart attention's linear layers, too.
+        power: k: 2.5 for IID clients, 4 for others (the paper's).
+        warmup_periods: rounds at the beginning in which every client gets the most important kernels (the paper: 50).
+        rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink.
+        targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
+
+    Raises:
+        ValueError: a share or power out of its range; on attach, nothing to take apart, or another plugin came before.
+    """
+
+    def __init__(
+        self,
+        keep: float | dict[float, float] = 0.2,
+        layers: str | Sequence[str] = "auto",
+        attention: bool = False,
+        power: float = 2.5,
+        warmup_periods: int = 0,
+        rows: bool = True,
+        targets: Literal["auto"] | dict[str, str] = "auto",
+    ) -> None:
+        shares = keep if isinstance(keep, dict) else {keep: 1.0}
+        if not shares or not all(0 < ratio <= 1 for ratio in shares):
+            raise ValueError(f"keep={keep}: give a share above 0 and up to 1, or {{share: part of the clients}}")
+        if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
+            raise ValueError(f"keep={keep}: the parts of the clients must add up to 1; they add up to {sum(shares.values()):g}")
+        if power < 0:
+            raise ValueError(f"power={power}: give 0 (all kernels alike) or more")
+        if warmup_periods < 0:
+            raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more")
+        self.keep = keep
+        self.layers = layers
+        self.attention = attention
+        self.power = power
+        self.warmup_periods = warmup_periods
+        self.rows = rows
+        self.targets = targets
+        self._shares = dict(sorted(shares.items()))
+        self._factors: dict[str, Factors] = {}
+        self._odds: dict[str, Tensor] = {}
+        self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
+        self._figures: dict[str, float] = {}
+
+    def keep_of(self, client: int) -> float:
+        """κ of ``client``: dealt out in the given parts, the same in every round."""
+        place, reached = (client + 1) * GOLDEN % 1, 0.0
+        for ratio, share in self._shares.items():
+            reached += share
+            if place < reached:
+                return ratio
+        return ratio
+
+    # -- on the model being trained -------------------------------------------------------------------------------
+    def attach(self, model: nn.Module) -> None:
+        self._model = model
+        self._small = sampled_layers(model)
+        if self._small:  # a client's: what the server's instance made
+            for layer in self._small.values():
+                layer.u._own_decay = layer.v._own_decay = 0.0
+            return
+        if any(isinstance(module, Bypass) for module in model.modules()):
+            raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
+        targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
+        layers = find_layers(model, self.layers, self.attention, self.rows, targets)
+        self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
+        self._modules = {ratio: shrink(model, layers, ratio) for ratio in self._shares}
+
+    def advance(self, clock: Clock) -> Change:
+        if not self._small and clock.step == 0:
+            present = held(self._model)
+            weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
+            self._factors = factors.factorise_all(weights)
+            self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
+            self._picked = (None, {})
+        return Change()
+
+    def visit(self, visit: Visit) -> None:
+        for layer in self._small.values():
+            if layer.rows is not None:
+                layer.rows.copy_(_draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
+
+    def after_backward(self, clock: Clock) -> None:
+        for layer in self._small.values():
+            rate = getattr(layer.u, "_own_decay", 0.0)
+            if rate and layer.u.grad is not None:
+                of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), rate)
+                layer.u.grad += of_u
+                layer.v.grad += of_v.view_as(layer.v)
+
+    # -- federated ------------------------------------------------------------------------------------------------
+    def narrow(self, visit: Visit) -> nn.Module:
+        return self._modules[self.keep_of(visit.client)]
+
+    def encode_down(self, message: Message, visit: Visit) -> Message:
+        message = dict(message)
+        for path, pick in self._picks(visit).items():
+            layer, (u, v, _) = self._layers[path], self._factors[path]
+            weight = message.pop(f"{path}.weight")
+            v = v[pick.kernels]
+            message[f"{path}.v"] = v.view(len(v), *weight.shape[1:])
+            message[f"{path}.u"] = (u if pick.rows is None else u[pick.rows])[:, pick.kernels]
+            for name in self._per_row(layer, path, message):
+                message[name] = message[name] if pick.rows is None else message[name][pick.rows]
+        return message
+
+    def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
+        entries: dict[str, Any] = dict(message)
+        for path, pick in self._picks(visit).items():
+            layer, u, v = self._layers[path], f"{path}.u", f"{path}.v"
+            if u in message:
+                entries[u] = _place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
+                entries[v] = _place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
+            if pick.rows is not None:
+                for name in self._per_row(layer, path, message):
+                    entries[name] = _place(message[name], (layer.outputs,), pick.rows)
+        return entries
+
+    def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
+        """ΔW = (u + Δu)·(v + Δv) − u·v, Δ the means over those who held an entry."""
+        total, covered = dict(total), []
+        for path, (u, v, _) in self._factors.items():
+            if f"{path}.u" not in total:
+                continue
+            change_u, change_v = total.pop(f"{path}.u"), total.pop(f"{path}.v")
+            if isinstance(change_v, tuple):
+                change_v, mask = change_v
+                covered.append(float(mask.flatten(1).any(1).double().mean()))
+            else:
+                covered.append(1.0)
+            change_u = change_u[0] if isinstance(change_u, tuple) else change_u
+            shape = change_v.shape[1:]
+            change_v = change_v.flatten(1)
+            change = change_u @ (v.double() + change_v) + u.double() @ change_v
+            total[f"{path}.weight"] = change.view(len(u), *shape)
+        self._figures = {"kernel_coverage": sum(covered) / len(covered)} if covered else {}
+        return total
+
+    def figures(self) -> dict[str, float]:
+        """``kernel_coverage``: the share of principal kernels that somebody held in the round just ended, mean over layers."""
+        return self._figures
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+    def _picks(self, visit: Visit) -> dict[str, Pick]:
+        """What ``visit``'s client holds of each layer that is there: a function of the visit and the server's weights."""
+        if self._picked[0] != visit:
+            keep = self.keep_of(visit.client)
+            self._picked = visit, {path: self._pick(path, self._layers[path], keep, visit) for path in self._factors}
+        return self._picked[1]
+
+    def _pick(self, path: str, layer: Layer, keep: float, visit: Visit) -> Pick:
+        size, odds = layer.kernels_at(keep), self._odds[path]
+        if visit.round < self.warmup_periods:
+            kernels = torch.arange(size)
+        else:
+            kernels = factors.draw(odds.cpu(), size, generator(visit.seed, visit.round, visit.client, "kernels", path))
+        rows = _draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
+        device = odds.device
+        return Pick(kernels.to(device), None if rows is None else rows.to(device))
+
+    def _per_row(self, layer: Layer, path: str, message: Mapping[str, Any]) -> list[str]:
+        """Entries that have one figure for each of the layer's rows."""
+        norm = [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")] if layer.norm else []
+        return [name for name in (f"{path}.bias", *norm) if name in message]
+
+
+def _draw_rows(visit: Visit, path: str, outputs: int, size: int) -> Tensor:
+    """Server and client draw the same, so that rows need not be sent."""
+    return torch.randperm(outputs, generator=generator(visit.seed, visit.round, visit.client, "rows", path))[:size].sort().values
+
+
+def _place(part: Tensor, shape: tuple[int, ...], *indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``part`` in zeros of ``shape``, where ``indices`` (one for each leading axis; None: all of it) say; and where that is, as weights."""
+    whole, weight = part.new_zeros(shape), part.new_zeros(shape)
+    places = [torch.arange(size, device=part.device) if index is None else index for index, size in zip(indices, shape)]
+    grid = torch.meshgrid(*places, indexing="ij")
+    whole[grid] = part
+    weight[grid] = 1.0
+    return whole, weight

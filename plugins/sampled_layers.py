@@ -1,0 +1,131 @@
+"""Layers that compute with a part of their factors: r principal kernels, and of their outputs n rows (arXiv 2208.13141).
+
+A layer becomes one of these by a swap of its class, as ``plugins/bypass.py`` does it: its path, its ``isinstance`` and its settings stay.
+Beside a layer that puts out some of its channels only, a norm that normalises those alone: the others stay 0, as if they were not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Sampled:
+    """Mixed in before a layer's own class: it has factors ``u`` (n, r) and ``v`` (r, I, …) and no ``weight``, or besides it.
+
+    Its outputs are the channels in ``rows`` (n,). They are handed on alone where a norm behind takes them so (``compact``), else
+    among zeros for the rest.
+    """
+
+    u: nn.Parameter
+    v: nn.Parameter
+    rows: Tensor | None
+    whole: int
+    compact: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.apply_factors(x)  # type: ignore[attr-defined]
+        if self.rows is None or self.compact:
+            return out
+        return spread(out, self.rows, self.whole, self.channel_axis)  # type: ignore[attr-defined]
+
+
+class SampledConv2d(Sampled, nn.Conv2d):
+    """Two convolutions: v, as the layer's own, I → r; u, 1×1, r → n."""
+
+    channel_axis = -3
+
+    def apply_factors(self, x: Tensor) -> Tensor:
+        return F.conv2d(self._conv_forward(x, self.v, None), self.u[:, :, None, None], self.bias)
+
+
+class SampledLinear(Sampled, nn.Linear):
+    """Two linear layers: v, I → r; u, r → n."""
+
+    channel_axis = -1
+
+    def apply_factors(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.v), self.u, self.bias)
+
+
+class SampledNorm:
+    """Mixed in before a norm's own class: normalises the channels in ``rows`` alone, and puts them among zeros for the rest."""
+
+    rows: Tensor
+    whole: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != len(self.rows):
+            raise ValueError(
+                f"a norm expects the {len(self.rows)} sampled channels of the layer before it and got {x.shape[1]}: the model calls them "
+                "in another order than it registers them; use rows=False"
+            )
+        return spread(self.normalise(x), self.rows, self.whole, 1)  # type: ignore[attr-defined]
+
+
+class SampledBatchNorm(SampledNorm, nn.BatchNorm2d):
+    """Batch norm of some channels: each has its own statistics, so nothing else changes."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x)
+
+
+class SampledGroupNorm(SampledNorm, nn.GroupNorm):
+    """Group norm of some channels: a group's statistics are those of its channels that are there, which estimate those of all."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        size = self.whole // self.num_groups
+        group = self.rows.div(size, rounding_mode="floor")
+        there = x.new_zeros(self.num_groups).index_add(0, group, x.new_ones(len(group))).clamp(min=1)
+
+        def of_groups(figure: Tensor) -> Tensor:
+            """Means over each group of (N, n), handed to each of its channels."""
+            sums = figure.new_zeros(len(figure), self.num_groups).index_add(1, group, figure)
+            return (sums / there)[:, group]
+
+        flat = x.flatten(2)
+        centred = flat - of_groups(flat.mean(2)).unsqueeze(2)
+        scale = (of_groups(centred.square().mean(2)) + self.eps).rsqrt()
+        if self.weight is None:
+            return (centred * scale.unsqueeze(2)).view_as(x)
+        return (centred * (scale * self.weight).unsqueeze(2) + self.bias[None, :, None]).view_as(x)
+
+
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SampledConv2d, nn.Linear: SampledLinear}
+NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: SampledBatchNorm, nn.GroupNorm: SampledGroupNorm}
+
+
+def spread(part: Tensor, rows: Tensor, whole: int, axis: int) -> Tensor:
+    """``part`` at ``rows`` of ``axis``, zeros elsewhere."""
+    axis = axis % part.ndim
+    shape = [*part.shape]
+    shape[axis] = whole
+    return part.new_zeros(shape).index_copy(axis, rows, part)
+
+
+def sampled_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of ``model`` that compute with factors, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Sampled)}
+
+
+def sampled_norms(model: nn.Module) -> dict[str, Any]:
+    """The norms of ``model`` that follow such a layer, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SampledNorm)}
+
+
+def norm_behind(parent: nn.Module, layer: str) -> str | None:
+    """The name of the norm that ``parent`` registers right behind its convolution ``layer``, if it normalises that one's channels.
+
+    Modules without parameters in between (activations) do not count.
+    """
+    names = list(parent._modules)
+    for name in names[names.index(layer) + 1 :]:
+        module = parent._modules[name]
+        if type(module) in NORMS:
+            channels = module.num_features if isinstance(module, nn.BatchNorm2d) else module.num_channels  # type: ignore[union-attr]
+            return name if channels == parent._modules[layer].out_channels else None  # type: ignore[union-attr]
+        if module is not None and any(True for _ in module.parameters()):
+            return None
+    return None
