@@ -163,7 +163,7 @@ def test_a_client_can_have_one_smaller_module():
     small = nn.Linear(1, 1)
     assert Chain([Plugin(), Narrowing(small), Plugin()]).narrow(Visit(0)) is small
     assert Chain([Narrowing(None)]).narrow(Visit(0)) is None
-    with pytest.raises(ValueError, match="^Narrowing, Narrowing each make a smaller module for a client, which can have one"):
+    with pytest.raises(ValueError, match=r"^Narrowing, Narrowing each make a smaller module for a client, which can have one"):
         Chain([Narrowing(small), Narrowing(small)]).narrow(Visit(0))
 
 
