@@ -72,6 +72,8 @@ class PluginCallback(pl.Callback):
             self._undo.append(self._brought.follow(pl_module, own))
             if stage == "fit" and any(overrides(plugin, "extra_loss") for plugin in chain.plugins):
                 self._undo.append(_add_to_loss(pl_module, chain))
+            if stage == "fit":
+                self._undo.append(_after_configure_optimizers(pl_module, optimizer_state.hand_over_decay))
 
         self._undo.append(_after_configure_model(pl_module, attach))
 
@@ -223,6 +225,23 @@ def _after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None
         vars(pl_module).pop("configure_model", None)
 
     pl_module.configure_model = configure_model  # type: ignore[method-assign]
+    return undo
+
+
+def _after_configure_optimizers(pl_module: pl.LightningModule, act: Callable[[Any], None]) -> Callable[[], None]:
+    """Show ``act`` what ``configure_optimizers`` makes before anything else sees it; returns the way back."""
+    own = pl_module.configure_optimizers
+
+    @functools.wraps(own)
+    def configure_optimizers() -> Any:
+        configured = own()
+        act(configured)
+        return configured
+
+    def undo() -> None:
+        vars(pl_module).pop("configure_optimizers", None)
+
+    pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
     return undo
 
 

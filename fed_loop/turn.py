@@ -116,8 +116,9 @@ class Clients:
             except ValueError as error:
                 if size != 1:
                     raise
+                kind = type(trainee.module).__name__
                 raise ValueError(
-                    f"client {visit.client} has a batch of a single sample, which {type(trainee.module).__name__} cannot train on ({error}): "
+                    f"client {visit.client} has a batch of a single sample, which {kind} cannot train on ({error}): "
                     "leave such batches out (drop_last=True), or choose another batch_size"
                 ) from error
             losses += loss

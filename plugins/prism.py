@@ -14,9 +14,10 @@ from featherlight.plugins.bypass import Bypass
 from featherlight.plugins.factors import Factors
 from featherlight.plugins.present import held
 from featherlight.plugins.principal import Layer, find_layers, shrink
+from featherlight.plugins.sampled_in_place import idle, make_whole, sample_in_place
 from featherlight.plugins.sampled_layers import sampled_layers
 from featherlight.plugins.seeds import generator
-from featherlight.plugins.targets import find_targets
+from featherlight.plugins.targets import find_targets, follow
 
 GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio's fraction fill [0, 1) evenly however many there are: so are keep ratios dealt out to clients."""
@@ -80,6 +81,20 @@ class PrismSampling(Plugin):
         self._odds: dict[str, Tensor] = {}
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
+        self._in_place = False
+        self._changed: list[nn.Module] = []
+        self._resting: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def in_place(self) -> PrismSampling:
+        """Work on one machine, where nobody narrows the model for a client: its own layers train in a share of themselves.
+
+        Raises:
+            ValueError: there are several keep ratios, and one client.
+        """
+        if len(self._shares) > 1:
+            raise ValueError(f"keep={self.keep}: on one machine there is one client; give it one share")
+        self._in_place = True
+        return self
 
     def keep_of(self, client: int) -> float:
         """κ of ``client``: dealt out in the given parts, the same in every round."""
@@ -95,17 +110,25 @@ class PrismSampling(Plugin):
         self._model = model
         self._small = sampled_layers(model)
         if self._small:  # a client's: what the server's instance made
-            for layer in self._small.values():
-                layer.u._own_decay = layer.v._own_decay = 0.0
+            self._mark(self._small)
             return
         if any(isinstance(module, Bypass) for module in model.modules()):
             raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
         layers = find_layers(model, self.layers, self.attention, self.rows, targets)
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
-        self._modules = {ratio: shrink(model, layers, ratio) for ratio in self._shares}
+        self._followed = targets
+        if self._in_place:
+            self._changed = sample_in_place(model, layers, next(iter(self._shares)))
+            self._mark(sampled_layers(model))
+        else:
+            self._modules = {ratio: shrink(model, layers, ratio) for ratio in self._shares}
 
     def advance(self, clock: Clock) -> Change:
+        if self._in_place:
+            new = clock.step == 0
+            factors_of = sampled_layers(self._model).values()
+            return Change(renewed=tuple(p for layer in factors_of for p in (layer.u, layer.v)) if new else ())
         if not self._small and clock.step == 0:
             present = held(self._model)
             weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
@@ -115,12 +138,28 @@ class PrismSampling(Plugin):
         return Change()
 
     def visit(self, visit: Visit) -> None:
+        if self._in_place:
+            self._draw_in_place(visit)
         for layer in self._small.values():
             if layer.rows is not None:
                 layer.rows.copy_(_draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
 
+    def before_forward(self, clock: Clock) -> None:
+        self._sample(True)
+
+    def after_step(self, clock: Clock) -> None:
+        self._sample(False)
+        with torch.no_grad():
+            for parameter, rows, values in self._resting:  # momentum and decay move what has no gradient, too
+                parameter[rows] = values
+
+    def detach(self) -> None:
+        for module in self._changed:
+            make_whole(module)
+        self._changed, self._resting, self._small = [], [], {}
+
     def after_backward(self, clock: Clock) -> None:
-        for layer in self._small.values():
+        for layer in (sampled_layers(self._model) if self._in_place else self._small).values():
             rate = getattr(layer.u, "_own_decay", 0.0)
             if rate and layer.u.grad is not None:
                 of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), rate)
@@ -180,6 +219,31 @@ class PrismSampling(Plugin):
         return self._figures
 
     # -- helpers --------------------------------------------------------------------------------------------------
+    def _mark(self, layers: Mapping[str, Any]) -> None:
+        for layer in layers.values():
+            layer.u._own_decay = layer.v._own_decay = 0.0
+
+    def _sample(self, on: bool) -> None:
+        for module in self._changed:
+            module.sampling = on  # type: ignore[assignment]
+
+    def _draw_in_place(self, visit: Visit) -> None:
+        """A new share of every layer, unless a run that is resumed goes on with the one it had."""
+        for path, layer in self._layers.items():
+            module: Any = self._model.get_submodule(path)
+            if int(module.drawn_in) == visit.round:
+                continue
+            weight = module.whole_weight().detach()
+            self._factors[path] = factors.factorise(weight)
+            self._odds[path] = factors.importance(self._factors[path].values, self.power)
+            pick = self._pick(path, layer, self.keep_of(0), visit)
+            rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
+            module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)
+        follow(self._model, self._followed)
+        self._resting = []
+        for module in self._changed:
+            self._resting += [(parameter, rows, parameter.detach()[rows]) for parameter, rows in idle(module)]
+
     def _picks(self, visit: Visit) -> dict[str, Pick]:
         """What ``visit``'s client holds of each layer that is there: a function of the visit and the server's weights."""
         if self._picked[0] != visit:

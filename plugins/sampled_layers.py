@@ -27,7 +27,7 @@ class Sampled:
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.apply_factors(x)  # type: ignore[attr-defined]
-        if self.rows is None or self.compact:
+        if self.rows is None or self.compact or len(self.rows) == self.whole:
             return out
         return spread(out, self.rows, self.whole, self.channel_axis)  # type: ignore[attr-defined]
 
@@ -90,7 +90,12 @@ class SampledGroupNorm(SampledNorm, nn.GroupNorm):
         scale = (of_groups(centred.square().mean(2)) + self.eps).rsqrt()
         if self.weight is None:
             return (centred * scale.unsqueeze(2)).view_as(x)
-        return (centred * (scale * self.weight).unsqueeze(2) + self.bias[None, :, None]).view_as(x)
+        weight, bias = self.weight_and_bias()
+        return (centred * (scale * weight).unsqueeze(2) + bias[None, :, None]).view_as(x)
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the channels that are there."""
+        return self.weight, self.bias
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SampledConv2d, nn.Linear: SampledLinear}
