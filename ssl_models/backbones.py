@@ -108,16 +108,38 @@ def vit_tiny(
 
 
 # -- convolutional networks -----------------------------------------------------------------------------------------
-def resnet18_cifar(image_size: int, in_channels: int) -> nn.Module:
-    """ResNet-18 for small images: a 3×3 stem of stride 1 without pooling (arXiv 2002.05709, B.9); ``layer1`` … ``layer4``."""
-    from torchvision.models import resnet18
+def resnet18_cifar(image_size: int, in_channels: int, width: int = 64, norm: Literal["batch", "group"] = "batch") -> nn.Module:
+    """ResNet-18 for small images: a 3×3 stem of stride 1 without pooling (arXiv 2002.05709, B.9); ``layer1`` … ``layer4``.
 
-    model = resnet18()
-    model.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
+    Args:
+        width: channels of the stem and of ``layer1``; each later layer has twice as many as the one before.
+        norm: batch norm, or group norm over 16 channels at a time (arXiv 1803.08494).
+    """
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    if norm not in ("batch", "group"):
+        raise ValueError(f'norm "{norm}" not found; there are batch, group')
+
+    class Wide(ResNet):
+        """torchvision fixes 64 channels where it builds its layers."""
+
+        def _make_layer(self, block: Any, planes: int, *arguments: Any, **named: Any) -> nn.Sequential:
+            if planes == 64:  # what the first layer takes in, set by torchvision just before
+                self.inplanes = width
+            return super()._make_layer(block, planes * width // 64, *arguments, **named)
+
+    model: nn.Module = Wide(BasicBlock, [2, 2, 2, 2], norm_layer=nn.BatchNorm2d if norm == "batch" else _group_norm)
+    model.__class__ = ResNet
+    model.conv1 = nn.Conv2d(in_channels, width, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision initialises its stem
-    model.maxpool = nn.Identity()  # type: ignore[assignment]
-    model.fc = nn.Identity()  # type: ignore[assignment]
-    return _with_feature_dim(model, 512)
+    model.bn1 = nn.BatchNorm2d(width) if norm == "batch" else _group_norm(width)
+    model.maxpool = nn.Identity()
+    model.fc = nn.Identity()
+    return _with_feature_dim(model, 8 * width)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, channels // 16), channels)
 
 
 class ConvBlock(nn.Sequential):
