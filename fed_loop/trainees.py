@@ -101,9 +101,11 @@ class Trainees:
                 continue
             seen.add(id(trainee))
             entries: Mapping[str, Any] = {name: value.detach() for name, value in may_travel(trainee.module, trainee.live).items()}
-            if self.own.chain.by_differences:
-                zeros = {name: torch.zeros_like(value) for name, value in entries.items()}
-                entries = self.own.chain.decode(trainee.chain.encode(zeros, visit), visit)
+            chain = self.own.chain
+            if chain.by_differences:
+                entries = trainee.chain.encode({name: torch.zeros_like(value) for name, value in entries.items()}, visit)
+            if chain.decodes:
+                entries = chain.decode(dict(entries), visit)
             like |= {name: value[0] if isinstance(value, tuple) else value for name, value in entries.items()}
         return like
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,26 +77,48 @@ class SampledGroupNorm(SampledNorm, nn.GroupNorm):
     """Group norm of some channels: a group's statistics are those of its channels that are there, which estimate those of all."""
 
     def normalise(self, x: Tensor) -> Tensor:
-        size = self.whole // self.num_groups
-        group = self.rows.div(size, rounding_mode="floor")
-        there = x.new_zeros(self.num_groups).index_add(0, group, x.new_ones(len(group))).clamp(min=1)
-
-        def of_groups(figure: Tensor) -> Tensor:
-            """Means over each group of (N, n), handed to each of its channels."""
-            sums = figure.new_zeros(len(figure), self.num_groups).index_add(1, group, figure)
-            return (sums / there)[:, group]
-
-        flat = x.flatten(2)
-        centred = flat - of_groups(flat.mean(2)).unsqueeze(2)
-        scale = (of_groups(centred.square().mean(2)) + self.eps).rsqrt()
+        group = self.rows.div(self.whole // self.num_groups, rounding_mode="floor")
+        out = _NormaliseGroups.apply(x, group, self.num_groups, self.eps)
         if self.weight is None:
-            return (centred * scale.unsqueeze(2)).view_as(x)
+            return out
         weight, bias = self.weight_and_bias()
-        return (centred * (scale * weight).unsqueeze(2) + bias[None, :, None]).view_as(x)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return torch.addcmul(bias.view(shape), out, weight.view(shape))
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the channels that are there."""
         return self.weight, self.bias
+
+
+class _NormaliseGroups(torch.autograd.Function):
+    """(x − mean) / deviation over each group's channels, which may be of different number; keeps one tensor of x's size for backward.
+
+    Args:
+        x: (N, n, …); group: (n,), which of ``groups`` each channel belongs to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Tensor, groups: int, eps: float) -> Tensor:
+        shape = [*x.shape[:2], *[1] * (x.ndim - 2)]
+        centred = x - _group_means(x.flatten(2).mean(2), group, groups).view(shape)
+        scale = (_group_means(centred.square().flatten(2).mean(2), group, groups) + eps).rsqrt().view(shape)
+        out = centred.mul_(scale)
+        ctx.save_for_backward(out, scale, group)
+        ctx.groups = groups
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,), (out, scale, group) = grads, ctx.saved_tensors
+        along = _group_means((grad * out).flatten(2).mean(2), group, ctx.groups).view(scale.shape)
+        mean = _group_means(grad.flatten(2).mean(2), group, ctx.groups).view(scale.shape)
+        return scale * (grad - mean - out * along), None, None, None
+
+
+def _group_means(figure: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The mean of (N, n) over each group's channels, handed to each of them."""
+    there = figure.new_zeros(groups).index_add_(0, group, figure.new_ones(len(group))).clamp_(min=1)
+    return (figure.new_zeros(len(figure), groups).index_add_(1, group, figure) / there)[:, group]
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SampledConv2d, nn.Linear: SampledLinear}
