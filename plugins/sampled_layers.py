@@ -90,6 +90,22 @@ class SampledGroupNorm(SampledNorm, nn.GroupNorm):
         return self.weight, self.bias
 
 
+class _Spread(torch.autograd.Function):
+    """``index_copy`` into zeros, which keeps what it copies for backward and need not."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, rows: Tensor, whole: int, axis: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.axis = axis
+        shape = [*part.shape]
+        shape[axis] = whole
+        return part.new_zeros(shape).index_copy_(axis, rows, part)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0].index_select(ctx.axis, ctx.saved_tensors[0]), None, None, None
+
+
 class _NormaliseGroups(torch.autograd.Function):
     """(x − mean) / deviation over each group's channels, which may be of different number; keeps one tensor of x's size for backward.
 
@@ -127,10 +143,7 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: SampledBatchNor
 
 def spread(part: Tensor, rows: Tensor, whole: int, axis: int) -> Tensor:
     """``part`` at ``rows`` of ``axis``, zeros elsewhere."""
-    axis = axis % part.ndim
-    shape = [*part.shape]
-    shape[axis] = whole
-    return part.new_zeros(shape).index_copy(axis, rows, part)
+    return _Spread.apply(part, rows, whole, axis % part.ndim)
 
 
 def sampled_layers(model: nn.Module) -> dict[str, Any]:
