@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import LocalStep
+from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan
@@ -134,19 +134,12 @@ class Clients:
             clock = Clock(visit.round, step)
             size = count_samples(batch)
             samples += size
-            try:
+            with refusal_told(self.module, visit.client, size):
                 if self.meters.wants(plan.structure, step, size):
                     loss, cost = self._step.metered(self.module, self._optimizer, batch, clock)
                     self.meters.note(cost)
                 else:
                     loss = self._step(self.module, self._optimizer, batch, clock)
-            except ValueError as error:
-                if size != 1:
-                    raise
-                raise ValueError(
-                    f"client {visit.client} has a batch of a single sample, which {type(self.module).__name__} cannot train on ({error}): "
-                    "leave such batches out (drop_last=True), or choose another batch_size"
-                ) from error
             losses += loss
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
