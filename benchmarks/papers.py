@@ -12,16 +12,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from featherlight.commands.cost import predict_config
-from featherlight.commands.parsing import Parts, federated_parser, parse
-from featherlight.plugins import Chain, Clock, Visit, find_targets, held, trained
+from featherlight.commands.paper_rule import GB, Rule
 from featherlight.plugins.cost_table import CostTable
 
 PAPERS = Path(__file__).parent.parent / "configs" / "papers"
@@ -33,8 +29,6 @@ PRINTED = {  # memory GB, GFLOPs, communication "GB"
 }
 PRINTED_DROPOUT = {"layerwise": (2.49, 111, 1.66), "progressive": (5.24, 233, 3.97)}
 WORST_CASE = 3.35
-BATCH = 512
-GB = 1024**2 * 1000  # the paper's "GB" is MiB / 1000
 
 
 def variant(way: str, model: str, family: str = "vit_tiny") -> str:
@@ -52,55 +46,6 @@ def variant(way: str, model: str, family: str = "vit_tiny") -> str:
     written = Path(tempfile.mkdtemp()) / path.name
     written.write_text(yaml.safe_dump(content))
     return str(written)
-
-
-class Rule:
-    """What the paper counts, read off the model at each stage: blocks that run and that train, and entries that travel."""
-
-    def __init__(self, path: str) -> None:
-        parser = federated_parser()
-        parts = Parts(parser, parse(parser, ["-c", path]))
-        with torch.device("meta"):
-            self.module = parts.module()
-        self.targets = find_targets(self.module)
-        self.chain = Chain(parts.plugins())
-        self.chain.attach(self.module)
-        self.rounds = parts.federation().rounds
-        self.is_simclr = type(self.module).__name__ == "SimCLR"
-
-    def totals(self, resend: bool = False) -> tuple[float, float]:
-        """GFLOPs of one batch, averaged over rounds; traffic of a client over the run, both ways, in the paper's GB."""
-        flops = bytes_ = 0.0
-        block_macs = self._block_macs()
-        for round in range(self.rounds):
-            self.module.train()
-            self.chain.advance(Clock(round, 0))
-            self.chain.visit(Visit(round, 0, 0))
-            present, sent = held(self.module), trained(self.module, tuple(self.targets))
-            run = {name.split(".")[2] for name in present if name.startswith("backbone.blocks.")}
-            train = {name.split(".")[2] for name in sent if name.startswith("backbone.blocks.")}
-            flops += block_macs * (len(run) + 2 * len(train)) * (2 if self.is_simclr else 1) / 1e9
-            up = sum(self._counted(name, value) for name, value in sent.items())
-            online = {name: value for name, value in present.items() if not name.startswith(tuple(f"{path}." for path in self.targets))}
-            down = sum(self._counted(name, value) for name, value in online.items()) if resend else up
-            bytes_ += 4 * (up + down)
-        return flops / self.rounds, bytes_ / GB
-
-    @staticmethod
-    def _counted(name: str, value: torch.Tensor) -> int:
-        """The paper counts weights only in the heads, all parameters in the encoder."""
-        if not isinstance(value, nn.Parameter):
-            return 0
-        return value.numel() if name.startswith("backbone.") or value.ndim > 1 else 0
-
-    def _block_macs(self) -> float:
-        """One block, one batch, forward: a multiply-add is 1 in linear layers, 2 in attention's products."""
-        block = self.module.get_submodule("backbone.blocks.0")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            block(torch.empty(BATCH, 65, 192, device="meta"))
-        by_kind = counter.get_flop_counts()["Global"]
-        attention = sum(count for kind, count in by_kind.items() if "attention" in str(kind) or "bmm" in str(kind))
-        return (sum(by_kind.values()) - attention) / 2 + attention
 
 
 def wire(table: CostTable) -> float:

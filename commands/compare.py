@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,8 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> tuple[di
     if done.returncode:
         raise ValueError(f"the run of {file} ended with exit code {done.returncode}, see above")
     cost = json.loads((folder / "cost.json").read_text())["total"]
-    return cost, json.loads((folder / "result.json").read_text())["metrics"]
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    return cost, {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from featherlight.commands.folders import folder_for
+from featherlight.commands.logging_ends import ended
 from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.tables import cost_table, metrics_line
 from featherlight.fed_loop import Federation, Result
@@ -50,8 +53,8 @@ def federate(arguments: list[str], resume: bool = False, folder: Path | None = N
     federation = parts.federation()
     module, data, plugins, probes, loggers = parts.module(), parts.data(), parts.plugins(), parts.probes(), parts.loggers()
     text = parser.dump(config, skip_none=False, skip_check=True)
-    with _told_before(federation, text, given):
-        result = federation.run(module, data, plugins, probes, loggers, resume=resume)
+    with _told_before(federation, text, given), ended(loggers):
+        result = federation.run(module, data, plugins, probes, loggers, resume=resume, configuration=yaml.safe_load(text))
     if federation.folder is not None and federation.is_first:
         write_text(federation.folder / "config.yaml", text)
     return result, federation.folder, federation.is_first
@@ -62,7 +65,8 @@ def _told_before(federation: Federation, text: str, given: bool) -> Iterator[Non
     """``config.yaml`` is there from before the first round, and goes again if the run comes to nothing."""
     path = None if federation.folder is None else federation.folder / "config.yaml"
     several = federation.compute["devices"] not in (1, "1") or federation.compute["num_nodes"] > 1
-    if path is None or path.exists() or rank_zero_only.rank != 0 or (several and not given):  # type: ignore[attr-defined]
+    first = rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]  # ranks are a host's own
+    if path is None or path.exists() or not first or (several and not given):
         yield  # several processes each number their folder: it must not be there before all of them have
         return
     write_text(path, text)
@@ -70,6 +74,6 @@ def _told_before(federation: Federation, text: str, given: bool) -> Iterator[Non
         yield
     except BaseException:
         if [*path.parent.iterdir()] == [path]:
-            path.unlink()
+            path.unlink(missing_ok=True)
             path.parent.rmdir()
         raise

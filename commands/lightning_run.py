@@ -18,6 +18,7 @@ from featherlight.callbacks import CostMonitor
 from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
+from featherlight.commands.logging_ends import ended
 from featherlight.commands.tables import metrics_line
 from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run
 from featherlight.fed_loop.whole_files import write_text
@@ -106,9 +107,15 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
     if start is not None:
         check_readable(last)
         check_same_run(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    if probes and cli.trainer.is_global_zero:  # what would fail at the end is better found now
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+        for probe in probes:
+            probe.check(cli.datamodule)
+    with ended(cli.trainer.loggers):
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
+        if cli.trainer.interrupted:
+            raise KeyboardInterrupt
     monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
     metrics: dict[str, float] = {}
     if cli.trainer.is_global_zero:

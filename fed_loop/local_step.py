@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.plugins import MixedPrecision, Precision
@@ -16,6 +17,24 @@ from featherlight.plugins.step_cost import StepCost, StepMeter
 def as_weights(batch: Any, precision: Precision) -> Any:
     """``batch`` in the precision of the weights; mixed precision leaves it as it is and casts where it computes, as under a Trainer."""
     return batch if isinstance(precision, MixedPrecision) else precision.convert_input(batch)
+
+
+@contextmanager
+def refusal_told(module: nn.Module, client: int, samples: int) -> Iterator[None]:
+    """Around a step: where a model refuses a batch of one sample (batch norm finds no variance in it), say whose it is and what to do.
+
+    Raises:
+        ValueError: the model's own, in one line.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if samples != 1:
+            raise
+        raise ValueError(
+            f"client {client} has a batch of a single sample, which {type(module).__name__} cannot train on ({error}): "
+            "leave such batches out (drop_last=True), or choose another batch_size"
+        ) from error
 
 
 class LocalStep:

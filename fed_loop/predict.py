@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from featherlight.fed_loop.cohort import sample
 from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import LocalStep
+from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.trainees import Trainee, Trainees, derived
@@ -128,7 +128,7 @@ class _Prediction:
         for step, samples in enumerate(sizes[:2]):
             if self.meters.wants(plan.structure, step, samples):
                 batch = self.data.example_batch(samples)
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), refusal_told(trainee.module, visit.client, samples):
                     warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
                     _, of_step = trainee.step.metered(trainee.module, trainee.raw_optimizer, batch, Clock(visit.round, step))
                 self.meters.note(of_step)

@@ -75,6 +75,8 @@ class Run:
             self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
             data.probe_data()  # an image that cannot be read is better found now than after the last round
+            for evaluator in self.evaluators:  # plain functions have no check
+                getattr(evaluator, "check", lambda _: None)(data)
 
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:

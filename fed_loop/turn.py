@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.local_step import refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.trainees import Trainee, Trainees, derived
@@ -107,20 +108,12 @@ class Clients:
             clock = Clock(visit.round, step)
             size = count_samples(batch)
             samples += size
-            try:
+            with refusal_told(trainee.module, visit.client, size):
                 if self.meters.wants(plan.structure, step, size):
                     loss, cost = trainee.step.metered(trainee.module, trainee.optimizer, batch, clock)
                     self.meters.note(cost)
                 else:
                     loss = trainee.step(trainee.module, trainee.optimizer, batch, clock)
-            except ValueError as error:
-                if size != 1:
-                    raise
-                kind = type(trainee.module).__name__
-                raise ValueError(
-                    f"client {visit.client} has a batch of a single sample, which {kind} cannot train on ({error}): "
-                    "leave such batches out (drop_last=True), or choose another batch_size"
-                ) from error
             losses += loss
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)

@@ -271,3 +271,31 @@ def test_a_malicious_checkpoint_is_refused_and_its_code_not_run(config: Path, ca
     assert run("federate", "-c", config, "--federation.folder", "here", "--resume") == 2
     assert "cannot be read" in capsys.readouterr().err
     assert not Path("owned").exists()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("federate", "-c", config, "--federation.folder", "here", "--federation.rounds", 2) == 0
+    Path("here/round-000002.ckpt").write_bytes(pickle.dumps({"round": 2, "server": Malice()}))
+    assert run("federate", "-c", config, "--federation.folder", "here", "--federation.rounds", 3, "--resume") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "round-000002.ckpt cannot be read" in told
+    assert "going on from the newest that can be read, round-000001.ckpt" in told
+    assert not Path("owned").exists()
+    assert [row["round"] for row in rows_of(Path("here/metrics.jsonl"))] == [0, 1, 2]
+    for path in Path("here").glob("round-*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-50])
+    assert run("federate", "-c", config, "--federation.folder", "here", "--federation.rounds", 4, "--resume") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("featherlight: error:")]
+    assert len(told) == 1
+    assert "no other checkpoint is there" in told[0]
+
+
+def test_only_the_first_host_writes_the_configuration_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each host's main process has rank 0 on its own host before the processes know of each other."""
+    from featherlight.commands.federate import _told_before
+
+    federation = Federation(1, folder=tmp_path / "run", num_nodes=2)
+    for node, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("NODE_RANK", node)
+        with _told_before(federation, "seed: 1\n", given=True):
+            assert (tmp_path / "run" / "config.yaml").exists() == there

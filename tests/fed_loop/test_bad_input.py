@@ -233,6 +233,9 @@ def test_a_batch_of_one_sample_is_told_where_the_model_cannot_train_on_it(net, p
     with pytest.raises(ValueError, match=r"client 1 has a batch of a single sample, which Net cannot train on .*drop_last=True") as error:
         federation(1).run(net(), points([8, 5]))
     assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="client 1 has a batch of a single sample") as predicted:
+        predict(federation(1), net, points([8, 5]))
+    assert str(predicted.value) == str(error.value)
 
 
 def test_a_batch_of_one_sample_is_trained_on_where_the_model_can(net, points, federation):
