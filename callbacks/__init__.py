@@ -5,7 +5,7 @@ from featherlight.callbacks.depth_dropout import DepthDropout
 from featherlight.callbacks.fresh_start import FreshStart
 from featherlight.callbacks.host import PluginCallback
 from featherlight.callbacks.layer_freezing import LayerFreezing
-from featherlight.callbacks.prism_sampling import PrismSampling
+from featherlight.callbacks.prism import PrismSampling
 from featherlight.callbacks.progressive_growth import ProgressiveGrowth
 
 __all__ = ["CostMonitor", "DepthDropout", "FreshStart", "LayerFreezing", "PluginCallback", "PrismSampling", "ProgressiveGrowth"]
