@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of images: train/CLASS/*, test/CLASS/*")
     parser.add_argument("--method", choices=("supervised", "simclr"), default="supervised")
     parser.add_argument("--partition", choices=("both", "iid", "dirichlet"), default="both")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="the first is what the others are compared with")
     parser.add_argument("--out", type=Path, default=Path("runs/prism_accuracy.jsonl"))
     sizes = {"width": 32, "size": 16, "images": 4000, "clients": 20, "cohort": 5, "rounds": 40, "epochs": 2, "batch": 32, "seeds": 3}
     for name, value in sizes.items():
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("data", "out", "seeds", "partition", "accelerator")}
+    settings = {
+        name: value for name, value in vars(arguments).items() if name not in ("data", "out", "seeds", "partition", "accelerator", "ways")
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     console = Console(width=150)
@@ -151,7 +154,7 @@ def main() -> None:
         if arguments.partition not in ("both", partition):
             continue
         whole: list[dict[str, Any]] = []
-        for way in WAYS:
+        for way in arguments.ways:
             rows = []
             for seed in range(arguments.seeds):
                 key = {"settings": settings, "partition": partition, "way": way, "seed": seed}

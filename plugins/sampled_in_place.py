@@ -68,6 +68,8 @@ class InPlace:
 
 
 class InPlaceConv2d(InPlace, SampledConv2d):
+    """A convolution, sampled or whole."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.sampling:
             return super().forward(x)
@@ -79,6 +81,8 @@ class InPlaceConv2d(InPlace, SampledConv2d):
 
 
 class InPlaceLinear(InPlace, SampledLinear):
+    """A linear layer, sampled or whole."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.sampling else F.linear(x, self.whole_weight(), self.bias)
 
@@ -87,6 +91,8 @@ class InPlaceLinear(InPlace, SampledLinear):
 
 
 class InPlaceBatchNorm(SampledBatchNorm):
+    """Batch norm of all channels, or of the sampled ones: only their running statistics move then."""
+
     sampling: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,6 +115,8 @@ class InPlaceBatchNorm(SampledBatchNorm):
 
 
 class InPlaceGroupNorm(SampledGroupNorm):
+    """Group norm of all channels, or of the sampled ones."""
+
     sampling: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
