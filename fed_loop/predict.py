@@ -91,6 +91,7 @@ class _Prediction:
         self.meters = Meters()
         self.table = CostTable()
         self._lengths: dict[Any, int] = {}
+        self._lengths_up: dict[Any, int] = {}
         self._served: dict[Any, tuple[Message, set[str]]] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
@@ -133,12 +134,19 @@ class _Prediction:
                     _, of_step = trainee.step.metered(trainee.module, trainee.raw_optimizer, batch, Clock(visit.round, step))
                 self.meters.note(of_step)
         names = self.ledger.to_send(visit.client, plan.received, made)
-        up = dict(plan.sent)
-        if self.chain.by_differences:
-            up = trainee.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
         down = self._length({name: served[name] for name in names})
-        cost = self.meters.turn_cost(plan, sum(sizes), down, self._length(up))
+        cost = self.meters.turn_cost(plan, sum(sizes), down, self._length_up(trainee, plan, visit))
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
+
+    def _length_up(self, trainee: Trainee, plan: Plan, visit: Visit) -> int:
+        """The length of an update, worked out once for all visits whose modules are one and whose entries have the same names."""
+        key = id(trainee), tuple(plan.sent)
+        if key not in self._lengths_up:
+            up = dict(plan.sent)
+            if self.chain.by_differences:
+                up = trainee.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
+            self._lengths_up[key] = packed_length(up)
+        return self._lengths_up[key]
 
     def _length(self, message: Message) -> int:
         """``packed_length``, worked out once for messages of the same names and shapes."""

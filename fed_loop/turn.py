@@ -74,7 +74,7 @@ class Clients:
         made = derived(served, server)
         kept = ledger.after(visit.client, (name for name in plan.received if name not in made), plan.sent)
         turn = Turn(visit.client, kept=kept)
-        bytes_down = self._receive(trainee, plan, visit.client, served, made, ledger)
+        bytes_down = self._receive(trainee, plan, visit, served, made, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
         samples = self._steps(trainee, visit, batches, plan, turn)
         payload = self._send(trainee, plan, before, visit)
@@ -84,13 +84,14 @@ class Clients:
         turn.cost = self.meters.turn_cost(plan, samples, bytes_down, len(payload), time.perf_counter() - started)
         return turn, update
 
-    def _receive(self, trainee: Trainee, plan: Plan, client: int, served: Message, made: set[str], ledger: Ledger) -> int:
+    def _receive(self, trainee: Trainee, plan: Plan, visit: Visit, served: Message, made: set[str], ledger: Ledger) -> int:
         """Load what the client still holds and what it is sent; returns the length of the message."""
-        names = tuple(ledger.to_send(client, plan.received, made))
+        names = tuple(ledger.to_send(visit.client, plan.received, made))
         if made or self._last is None or self._last[0] != names:  # the same message for one client after the other is made and read once
             payload = pack({name: served[name] for name in names})
             self._last = names, len(payload), unpack(payload)
         _, length, received = self._last
+        received = trainee.chain.decode_down(received, visit)
         with torch.no_grad():
             torch._foreach_copy_(list(plan.received.values()), [received.get(name, served[name]) for name in plan.received])
         follow(trainee.module, trainee.targets)

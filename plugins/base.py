@@ -63,7 +63,7 @@ class Plugin:
     A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
     to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift` and
     :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same arguments, which
-    gets the verbs of training and :meth:`encode`; without one, the first does both.
+    gets the verbs of training, :meth:`decode_down` and :meth:`encode`; without one, the first does both.
     """
 
     # -- on the model being trained -------------------------------------------------------------------------------
@@ -108,6 +108,10 @@ class Plugin:
 
         What comes back as the same object is the server's own, and may be kept by the client from one round to the next.
         """
+        return message
+
+    def decode_down(self, message: Message, visit: Visit) -> Message:
+        """The client's side, on arrival, in the opposite order of :meth:`encode_down`."""
         return message
 
     def encode(self, message: Message, visit: Visit) -> Message:

@@ -94,6 +94,11 @@ class Chain(Plugin):
             message = plugin.encode_down(message, visit)
         return message
 
+    def decode_down(self, message: Message, visit: Visit) -> Message:
+        for plugin in reversed(self.plugins):
+            message = plugin.decode_down(message, visit)
+        return message
+
     def encode(self, message: Message, visit: Visit) -> Message:
         for plugin in self.plugins:
             message = plugin.encode(message, visit)

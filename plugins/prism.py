@@ -79,6 +79,7 @@ class PrismSampling(Plugin):
         self._shares = dict(sorted(shares.items()))
         self._factors: dict[str, Factors] = {}
         self._odds: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
         self._in_place = False
@@ -132,17 +133,17 @@ class PrismSampling(Plugin):
         if not self._small and clock.step == 0:
             present = held(self._model)
             weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
-            self._factors = factors.factorise_all(weights)
-            self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
+            versions = {path: weight._version for path, weight in weights.items()}
+            if versions != self._versions:  # in a prediction nothing ever changes
+                self._factors = factors.factorise_all(weights)
+                self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
+                self._versions = versions
             self._picked = (None, {})
         return Change()
 
     def visit(self, visit: Visit) -> None:
         if self._in_place:
             self._draw_in_place(visit)
-        for layer in self._small.values():
-            if layer.rows is not None:
-                layer.rows.copy_(_draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
 
     def before_forward(self, clock: Clock) -> None:
         self._sample(True)
@@ -180,6 +181,12 @@ class PrismSampling(Plugin):
             message[f"{path}.u"] = (u if pick.rows is None else u[pick.rows])[:, pick.kernels]
             for name in self._per_row(layer, path, message):
                 message[name] = message[name] if pick.rows is None else message[name][pick.rows]
+        return message
+
+    def decode_down(self, message: Message, visit: Visit) -> Message:
+        for layer in self._small.values():
+            if layer.rows is not None:
+                layer.rows.copy_(_draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
         return message
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
