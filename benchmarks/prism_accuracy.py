@@ -2,7 +2,7 @@
 
     python benchmarks/prism_accuracy.py --data FOLDER                       supervised: FOLDER/train/CLASS/*.jpg, FOLDER/test/CLASS/*.jpg
     python benchmarks/prism_accuracy.py --data FOLDER --method simclr       self-supervised: kNN and linear probe of the features
-    python benchmarks/prism_accuracy.py --data FOLDER --width 64 --size 32 --images 50000 --clients 100 --cohort 20 --rounds 800 --lr 0.1   nearer to the paper; wants a GPU
+    python benchmarks/prism_accuracy.py --data FOLDER --width 64 --size 32 --images 50000 --clients 100 --cohort 20 --rounds 800 --lr 0.1
 
 The paper (arXiv 2208.13141): about 2 points below the full model, ResNet-18, κ = 0.2. Width slicing is HeteroFL's fixed prefix of every
 layer's channels (arXiv 2010.01264), here at half the width, so a quarter of the parameters: no less than PriSM holds at 0.2. Group
