@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +35,9 @@ class PrismSampling(Plugin):
     """Train a model that no client holds whole. Layers are taken apart into principal kernels by an SVD; a client gets a share of them,
     drawn by importance p_i = σ_i^k / Σ_j σ_j^k, trains those, and the server puts together what comes back, entry by entry.
 
-    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate.
+    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate. The model that is evaluated is
+    the whole one, with ordinary weights. Batch norm's running statistics are averaged over the clients that held a channel, but they are
+    those of sub-models: use group norm, or see to the statistics before evaluating (the plugin warns).
 
     Args:
         keep: κ, the share of every layer that a client holds, in (0, 1]; or shares of clients by κ, as in ``{0.2: 0.6, 0.4: 0.4}``.
@@ -117,6 +120,12 @@ class PrismSampling(Plugin):
             raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
         layers = find_layers(model, self.layers, self.attention, self.rows, targets)
+        if any(isinstance(module, nn.BatchNorm2d) and module.running_mean is not None for module in model.modules()):
+            warnings.warn(
+                "batch norm's running statistics are gathered by sub-models and do not fit the whole model that is evaluated: use group "
+                "norm, BatchNorm2d(track_running_stats=False), or torch.optim.swa_utils.update_bn(loader, model) before you evaluate",
+                stacklevel=2,
+            )
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
         self._followed = targets
         if self._in_place:
