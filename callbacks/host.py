@@ -102,7 +102,8 @@ class PluginCallback(pl.Callback):
         self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)  # here and not only in on_train_epoch_start, which a run resumed within an epoch does not get
+        if trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs:  # a run resumed at its end begins nothing
+            self._begin(trainer, pl_module)  # here, too: a run resumed within an epoch gets no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._reached != trainer.current_epoch:

@@ -83,6 +83,7 @@ class PrismSampling(Plugin):
         self._factors: dict[str, Factors] = {}
         self._odds: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
+        self._stale = True
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
         self._in_place = False
@@ -139,15 +140,7 @@ class PrismSampling(Plugin):
             new = clock.step == 0
             factors_of = sampled_layers(self._model).values()
             return Change(renewed=tuple(p for layer in factors_of for p in (layer.u, layer.v)) if new else ())
-        if not self._small and clock.step == 0:
-            present = held(self._model)
-            weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
-            versions = {path: weight._version for path, weight in weights.items()}
-            if versions != self._versions:  # in a prediction nothing ever changes
-                self._factors = factors.factorise_all(weights)
-                self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
-                self._versions = versions
-            self._picked = (None, {})
+        self._stale = self._stale or clock.step == 0
         return Change()
 
     def visit(self, visit: Visit) -> None:
@@ -245,23 +238,39 @@ class PrismSampling(Plugin):
 
     def _draw_in_place(self, visit: Visit) -> None:
         """A new share of every layer, unless a run that is resumed goes on with the one it had."""
+        drawn = False
         for path, layer in self._layers.items():
             module: Any = self._model.get_submodule(path)
             if int(module.drawn_in) == visit.round:
                 continue
+            drawn = True
             weight = module.whole_weight().detach()
             self._factors[path] = factors.factorise(weight)
             self._odds[path] = factors.importance(self._factors[path].values, self.power)
             pick = self._pick(path, layer, self.keep_of(0), visit)
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
             module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)
-        follow(self._model, self._followed)
+        if drawn:
+            follow(self._model, self._followed)
         self._resting = []
         for module in self._changed:
             self._resting += [(parameter, rows, parameter.detach()[rows]) for parameter, rows in idle(module)]
 
+    def _factorise(self) -> None:
+        """Take the server's weights apart, once a round and when asked: plugins behind this one say in `advance` what is there."""
+        present = held(self._model)
+        weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
+        versions = {path: weight._version for path, weight in weights.items()}
+        if versions != self._versions:  # in a prediction nothing ever changes
+            self._factors = factors.factorise_all(weights)
+            self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
+            self._versions = versions
+        self._picked, self._stale = (None, {}), False
+
     def _picks(self, visit: Visit) -> dict[str, Pick]:
         """What ``visit``'s client holds of each layer that is there: a function of the visit and the server's weights."""
+        if self._stale:
+            self._factorise()
         if self._picked[0] != visit:
             keep = self.keep_of(visit.client)
             self._picked = visit, {path: self._pick(path, self._layers[path], keep, visit) for path in self._factors}

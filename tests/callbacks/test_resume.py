@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, ProgressiveGrowth
+from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, PrismSampling, ProgressiveGrowth
 
 
 class Loader:
@@ -61,6 +61,7 @@ METHODS = {
         ProgressiveGrowth(blocks="encoder.blocks.*", periods_per_stage=[1, 1, 2], warmup_periods=1),
         DepthDropout(blocks="encoder.blocks.*", every="batch"),
     ],
+    "sampling": lambda: [PrismSampling(keep=0.5, warmup_periods=1), LayerFreezing(**STAGES)],
     "fresh starts": lambda: [FreshStart(), LayerFreezing(**STAGES), DepthDropout(blocks="encoder.blocks.*")],
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from featherlight.fed_loop import Federation, Momentum
-from featherlight.plugins import DepthDropout, LayerFreezing, ProgressiveGrowth
+from featherlight.plugins import DepthDropout, LayerFreezing, PrismSampling, ProgressiveGrowth
 
 
 def load(name):
@@ -38,6 +38,12 @@ def growing(toys, settings):
     data.clients[3][0][0, 0] = float("nan")
     federation = Federation(4, server=Momentum(), evaluate_clients=True, evaluate_every=1, **settings)
     return federation, toys.Net(dropout=0.3, seed=10 + rank), data, plugins
+
+
+def sampled(toys, settings):
+    """Clients in smaller modules of two sizes, blocks frozen besides."""
+    plugins = [PrismSampling({0.3: 0.5, 0.6: 0.5}, layers="blocks.*"), LayerFreezing("blocks.*", periods_per_stage=2)]
+    return Federation(4, cohort=3, clip=5.0, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

@@ -27,7 +27,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing"])])
+@pytest.mark.parametrize(("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled"])])
 def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # threads are the run's own to choose
     done = subprocess.run([*LAUNCHERS[launcher], tmp_path, "2", *names], capture_output=True, text=True, timeout=300, env=free)
