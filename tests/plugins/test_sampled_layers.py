@@ -212,9 +212,14 @@ def test_group_norm_is_a_loop_over_groups_of_the_channels_there(sizes, rows, aff
     if affine:
         norm.weight = nn.Parameter(torch.randn(len(rows), dtype=torch.float64))
         norm.bias = nn.Parameter(torch.randn(len(rows), dtype=torch.float64))
-    x = torch.randn(2, len(rows), 3, 2, dtype=torch.float64) * 3 + 1
+    x = (torch.randn(2, len(rows), 3, 2, dtype=torch.float64) * 3 + 1).requires_grad_()
     wanted = group_norm_by_loop(x, rows, whole, groups, 1e-3, norm.weight, norm.bias)
-    torch.testing.assert_close(norm(x), wanted, rtol=1e-9, atol=1e-9)
+    out = norm(x)
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
+    inputs = [x, *norm.parameters()]
+    ours, theirs = (torch.autograd.grad((one * torch.linspace(-1, 1, 6)[:, None, None]).sin().sum(), inputs) for one in (out, wanted))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])

@@ -1,0 +1,460 @@
+"""Rounds of PriSM against the same rounds by hand: factors in plain tensors, a plain loop, means over those who held an entry."""
+
+import copy
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from featherlight.fed_loop.predict import predict
+from featherlight.plugins import Clock, DepthDropout, LayerFreezing, Plugin, PrismSampling, Visit
+from featherlight.plugins.factors import factorise
+from featherlight.plugins.sampled_layers import sampled_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:batch norm's running statistics are gathered by sub-models")
+
+RATE, DECAY = 0.05, 0.1
+SIZES = [8, 11, 16]
+MIXED = {0.3: 0.4, 0.6: 0.6}
+LAYERS = {"conv1": "norm1", "conv2": "norm2", "fc1": None}
+STATISTICS = ("running_mean", "running_var")
+
+
+class ConvNet(pl.LightningModule):
+    """(N, 2, 5, 5): stem 2 → 4, convolutions 4 → 6 and 6 → 8 with norms, a linear layer 8 → 10, head."""
+
+    def __init__(self, norm="batch", seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.kind = norm
+        make = {"batch": nn.BatchNorm2d, "group": lambda width: nn.GroupNorm(2, width)}[norm]
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv1, self.norm1 = nn.Conv2d(4, 6, 3, padding=1, bias=False), make(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 8, 3, stride=2, padding=1), make(8)
+        self.fc1, self.head = nn.Linear(8, 10), nn.Linear(10, 3)
+        with torch.no_grad():
+            for one in (self.norm1, self.norm2):
+                one.bias.uniform_(0.5, 1)
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(self.stem(x))).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(self.fc1(x.mean((2, 3))).relu())
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
+
+
+@pytest.fixture
+def pictures(points):
+    class Pictures(points):
+        def __init__(self, sizes=SIZES, batch_size=4):
+            super().__init__(sizes, batch_size)
+            random = torch.Generator().manual_seed(3)
+            self.clients = [(torch.randn(len(y), 2, 5, 5, generator=random), y) for _, y in self.clients]
+
+        def example_batch(self, size):
+            return torch.randn(size, 2, 5, 5), torch.zeros(size, dtype=torch.long)
+
+    return Pictures
+
+
+# -- by hand ----------------------------------------------------------------------------------------------------------
+def places(plugin, server, visit):
+    """Layer → (kernels, rows) that the client of ``visit`` holds, read off where its entries belong."""
+    entries = plugin.decode(plugin.encode_down({name: value.detach() for name, value in server.state_dict().items()}, visit), visit)
+    found = {}
+    for path in LAYERS:
+        _, mask = entries[f"{path}.u"]
+        found[path] = mask.any(0).nonzero().flatten(), mask.any(1).nonzero().flatten()
+    return found
+
+
+def among_zeros(part, rows, whole):
+    return torch.stack([part[:, list(rows).index(row)] if row in rows else torch.zeros_like(part[:, 0]) for row in range(whole)], 1)
+
+
+def norm_by_hand(kind, x, rows, whole, weight, bias, statistics):
+    if kind == "batch":
+        return F.batch_norm(x, *statistics, weight, bias, training=True)
+    out = torch.empty_like(x)
+    for group in range(2):
+        there = [place for place, row in enumerate(rows) if row // (whole // 2) == group]
+        if there:
+            values = x[:, there]
+            mean, variance = values.mean((1, 2, 3), keepdim=True), values.var((1, 2, 3), unbiased=False, keepdim=True)
+            shape = (1, -1, 1, 1)
+            out[:, there] = (values - mean) / (variance + 1e-5).sqrt() * weight[there].view(shape) + bias[there].view(shape)
+    return out
+
+
+def train_by_hand(server, held, batches):
+    """One client: name → what it held after training, in its own smaller shapes."""
+    state = {name: value.detach().clone() for name, value in server.state_dict().items() if value.is_floating_point()}
+    mine = {}
+    for path, norm in LAYERS.items():
+        kernels, rows = held[path]
+        u, v, _ = factorise(state.pop(f"{path}.weight"))
+        mine[f"{path}.u"], mine[f"{path}.v"] = u[rows][:, kernels], v[kernels]
+        for name in [f"{path}.bias", *(f"{norm}.{one}" for one in ("weight", "bias", *STATISTICS))]:
+            if name in state:
+                mine[name] = state.pop(name)[rows]
+    mine |= state
+    leaves = {name: value.requires_grad_() for name, value in mine.items() if not name.endswith(STATISTICS)}
+    momentum = {name: torch.zeros_like(value) for name, value in leaves.items()}
+
+    def layer(x, path, stride):
+        rows, whole = held[path][1].tolist(), getattr(server, path).weight.shape[0]
+        v = mine[f"{path}.v"].view(-1, *getattr(server, path).weight.shape[1:])
+        out = F.conv2d(F.conv2d(x, v, None, stride, 1), mine[f"{path}.u"][:, :, None, None], mine.get(f"{path}.bias"))
+        norm = LAYERS[path]
+        statistics = [mine.get(f"{norm}.{one}") for one in STATISTICS]
+        out = norm_by_hand(server.kind, out, rows, whole, mine[f"{norm}.weight"], mine[f"{norm}.bias"], statistics)
+        return among_zeros(out, rows, whole).relu()
+
+    for step, (x, y) in enumerate(batches):
+        x = F.conv2d(x, mine["stem.weight"], mine["stem.bias"], padding=1)
+        x = layer(layer(x, "conv1", 1), "conv2", 2).mean((2, 3))
+        x = x @ mine["fc1.v"].T @ mine["fc1.u"].T + mine["fc1.bias"]
+        x = among_zeros(x, held["fc1"][1].tolist(), 10).relu()
+        loss = F.cross_entropy(F.linear(x, mine["head.weight"], mine["head.bias"]), y)
+        products = sum((mine[f"{path}.u"] @ mine[f"{path}.v"]).square().sum() for path in LAYERS)
+        others = sum(value.square().sum() for name, value in leaves.items() if not name.endswith((".u", ".v")))
+        grads = torch.autograd.grad(loss + DECAY / 2 * (products + others), list(leaves.values()))
+        with torch.no_grad():
+            for (name, value), grad in zip(leaves.items(), grads):
+                momentum[name] = momentum[name] * 0.9 + grad if step else grad
+                value -= RATE * momentum[name]
+    return {name: value.detach() for name, value in mine.items()}
+
+
+def round_by_hand(server, plugin, data, round, clients=None):
+    """The server's new state, float64, and the share of kernels that somebody held."""
+    plugin.advance(Clock(round))
+    state = {name: value.double() for name, value in server.state_dict().items()}
+    clients = range(data.num_clients) if clients is None else clients
+    factors = {path: factorise(getattr(server, path).weight) for path in LAYERS}
+    before = {name: value for name, value in state.items() if not name.endswith("tracked")}
+    for path, (u, v, _) in factors.items():
+        before |= {f"{path}.u": u.double(), f"{path}.v": v.double()}
+    total = {name: torch.zeros_like(value) for name, value in before.items()}
+    weights = {name: torch.zeros_like(value) for name, value in before.items()}
+    for client in clients:
+        held = places(plugin, server, Visit(round, client, 0))
+        trained = train_by_hand(server, held, data.batches(client))
+        for name, value in trained.items():
+            path = next((path for path, norm in LAYERS.items() if name.split(".")[0] in (path, norm)), None)
+            where = [torch.arange(size) for size in before[name].shape]
+            if path is not None:
+                kernels, rows = held[path]
+                where[0] = kernels if name.endswith(".v") else rows
+                if name.endswith(".u"):
+                    where[1] = kernels
+            grid = torch.meshgrid(*where, indexing="ij")
+            total[name][grid] += value.double() * data.sizes[client]
+            weights[name][grid] += data.sizes[client]
+    mean = {name: torch.where(weights[name] > 0, total[name] / weights[name].clamp(min=1), before[name]) for name in before}
+    for path, (u, v, _) in factors.items():
+        change = mean.pop(f"{path}.u") @ mean.pop(f"{path}.v") - u.double() @ v.double()
+        mean[f"{path}.weight"] = state[f"{path}.weight"] + change.view_as(state[f"{path}.weight"])
+    covered = [float((weights[f"{path}.v"][:, 0] > 0).double().mean()) for path in LAYERS]
+    return mean, sum(covered) / len(covered), weights
+
+
+def attached(server, **arguments):
+    plugin = PrismSampling(**{"layers": list(LAYERS), **arguments})
+    plugin.attach(server)
+    return plugin
+
+
+def close(module, wanted):
+    state = module.state_dict()
+    assert set(wanted) == {name for name in state if not name.endswith("tracked")}
+    for name, value in wanted.items():
+        torch.testing.assert_close(state[name].double(), value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# -- a round ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("keep", [1.0, 0.5, MIXED], ids=str)
+@pytest.mark.parametrize("sizes", [[12], SIZES], ids=["one client", "three clients"])
+def test_two_rounds_are_the_rounds_by_hand(sizes, keep, rows, norm, pictures, federation):
+    data, module, server = pictures(sizes), ConvNet(norm), ConvNet(norm)
+    result = federation(2).run(module, data, [PrismSampling(keep, list(LAYERS), rows=rows)])
+    plugin = attached(server, keep=keep, rows=rows)
+    for round in range(2):
+        wanted, coverage, weights = round_by_hand(server, plugin, data, round)
+        assert result.history[round]["kernel_coverage"] == pytest.approx(coverage)
+        if keep == 0.5 and len(sizes) == 1:
+            assert coverage == pytest.approx((3 / 6 + 4 / 8 + 4 / 8) / 3)
+            assert (weights["conv1.u"] > 0).double().mean() == (0.25 if rows else 0.5)
+        server.load_state_dict({name: value.float() for name, value in wanted.items()}, strict=False)
+    close(module, wanted)
+    assert all(type(one) in (nn.Conv2d, nn.Linear) for one in (module.conv1, module.conv2, module.fc1))
+
+
+def test_what_nobody_held_stays_as_the_server_has_it(pictures, federation):
+    """One client with rows: others' norm, bias and statistics stay bit for bit."""
+    module, server, data = ConvNet(), ConvNet(), pictures([12])
+    federation(1).run(module, data, [PrismSampling(0.5, list(LAYERS))])
+    plugin = attached(server, keep=0.5)
+    plugin.advance(Clock(0))
+    for path, (_, rows) in places(plugin, server, Visit(0, 0, 0)).items():
+        norm = LAYERS[path]
+        names = [f"{path}.bias", *(f"{norm}.{one}" for one in ("weight", "bias", *STATISTICS) if norm)]
+        for name in names:
+            if name in server.state_dict():
+                different = module.state_dict()[name] != server.state_dict()[name]
+                assert different.nonzero().flatten().tolist() == rows.tolist(), name
+
+
+def test_full_rank_of_one_client_is_the_factorised_model_trained_whole(pictures, federation):
+    """κ = 1 against torch's own modules and SGD: two layers in the place of one, the product's decay by autograd."""
+    data, module, server = pictures([12]), ConvNet(), ConvNet()
+    federation(1).run(module, data, [PrismSampling(1.0, list(LAYERS))])
+    for path in LAYERS:
+        layer = getattr(server, path)
+        u, v, _ = factorise(layer.weight)
+        if isinstance(layer, nn.Conv2d):
+            first = nn.Conv2d(layer.in_channels, len(v), 3, layer.stride, layer.padding, bias=False)
+            second = nn.Conv2d(len(v), len(u), 1, bias=layer.bias is not None)
+        else:
+            first, second = nn.Linear(layer.in_features, len(v), bias=False), nn.Linear(len(v), len(u))
+        with torch.no_grad():
+            first.weight.copy_(v.view_as(first.weight))
+            second.weight.copy_(u.view_as(second.weight))
+            if layer.bias is not None:
+                second.bias.copy_(layer.bias)
+        setattr(server, path, nn.Sequential(first, second))
+    factors = [pair.weight for path in LAYERS for pair in getattr(server, path)]
+    others = [value for value in server.parameters() if all(value is not factor for factor in factors)]
+    optimizer = torch.optim.SGD([{"params": factors, "weight_decay": 0.0}, {"params": others}], RATE, momentum=0.9, weight_decay=DECAY)
+    server.train()
+    for step, batch in enumerate(data.batches(0)):
+        optimizer.zero_grad()
+        pairs = [getattr(server, path) for path in LAYERS]
+        product = sum((pair[1].weight.flatten(1) @ pair[0].weight.flatten(1)).square().sum() for pair in pairs)
+        (server.training_step(batch, step) + DECAY / 2 * product).backward()
+        optimizer.step()
+    for path in LAYERS:
+        pair = getattr(server, path)
+        weight = pair[1].weight.flatten(1) @ pair[0].weight.flatten(1)
+        torch.testing.assert_close(getattr(module, path).weight.flatten(1), weight, rtol=1e-4, atol=1e-5)
+    for name, value in server.state_dict().items():
+        if name.split(".")[0] not in LAYERS:
+            torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(data.clients[0][0]), server.eval()(data.clients[0][0]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_cohort_smaller_than_all(pictures, federation):
+    from featherlight.fed_loop.cohort import sample
+
+    data, module, server = pictures(), ConvNet(), ConvNet()
+    federation(1, cohort=2).run(module, data, [PrismSampling(MIXED, list(LAYERS))])
+    wanted, *_ = round_by_hand(server, attached(server, keep=MIXED), data, 0, sample(3, 2, 0, 0))
+    close(module, wanted)
+
+
+# -- self-supervised --------------------------------------------------------------------------------------------------
+class Look(Plugin):
+    """Notes, at every client's first step, whether its module's momentum copy is as small, and the same, and when it is not any more."""
+
+    seen: list = []  # noqa: RUF012  one for all copies
+
+    def attach(self, model):
+        self._model = model
+
+    def __deepcopy__(self, memo):
+        return Look()
+
+    def before_forward(self, clock):
+        online, target = self._model.backbone.state_dict(), self._model.backbone_target.state_dict()
+        layers = sampled_layers(self._model)
+        same = all(torch.equal(value, target[name]) for name, value in online.items())
+        rows = [
+            torch.equal(layer.rows, layers[path.replace("backbone.", "backbone_target.")].rows)
+            for path, layer in layers.items()
+            if path.startswith("backbone.")
+        ]
+        Look.seen.append((clock.step, len(layers), same, all(rows)))
+
+
+def test_the_momentum_copy_is_the_client_s_own_sub_model(ssl, digits, federation):
+    Look.seen.clear()
+    module = ssl("mocov3", depth=2)
+    before = copy.deepcopy(module.state_dict())
+    result = federation(2).run(module, digits(num_clients=2), [PrismSampling(0.5, attention=True), Look()])
+    steps = [entry for entry in Look.seen if entry[1]]
+    assert {layers for _, layers, _, _ in steps} == {2 * 2 * 4}  # two branches of two blocks with four layers each
+    assert all(rows for *_, rows in steps)
+    started = [same for step, _, same, _ in steps if step == 0]
+    assert len(started) == 2 * 2 * 2  # rounds, clients; once when what the turn takes is read off, before anything is received
+    assert all(started[1::2])
+    later = [same for step, _, same, _ in steps if step > 0]
+    assert later
+    assert not any(later)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in result.history)
+    after = module.state_dict()
+    assert not torch.equal(after["backbone.blocks.0.mlp.fc1.weight"], before["backbone.blocks.0.mlp.fc1.weight"])
+    for name, value in module.backbone.state_dict().items():
+        assert torch.equal(value, after[f"backbone_target.{name}"])
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("model", "keep", "rows"),
+    [("simclr", 0.25, False), ("simclr", {0.2: 0.5, 0.6: 0.5}, True), ("mocov3", {0.2: 0.5, 0.6: 0.5}, True)],
+    ids=str,
+)
+def test_predicted_is_measured_of_a_vision_transformer(model, keep, rows, ssl, digits, federation, cost_of):
+    settings = federation(2, cohort=3)
+    plugins = [PrismSampling(keep, attention=True, rows=rows)]
+    predicted = predict(settings, lambda: ssl(model, depth=2), digits(limit_train=64), copy.deepcopy(plugins))
+    measured = settings.run(ssl(model, depth=2), digits(limit_train=64), plugins)
+    assert cost_of(predicted) == cost_of(measured.cost)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_predicted_is_measured_of_a_convolutional_network(norm, pictures, federation, cost_of):
+    settings = federation(3, cohort=2)
+    predicted = cost_of(predict(settings, lambda: ConvNet(norm), pictures(), [PrismSampling(MIXED, list(LAYERS))]))
+    measured = cost_of(settings.run(ConvNet(norm), pictures(), [PrismSampling(MIXED, list(LAYERS))]).cost)
+    for ours, theirs in zip([*predicted["rows"], predicted["total"]], [*measured["rows"], measured["total"]], strict=True):
+        assert ours.pop("peak_bytes") == pytest.approx(theirs.pop("peak_bytes"), rel=0.02)  # as for other convolutions
+    assert predicted == measured
+
+
+def test_bytes_by_hand(pictures, federation):
+    """Floats of one client: r·I·k² + n·r + n of a bias + 4·n of a norm, the stem, the head, and two counters."""
+    row = federation(1).run(ConvNet(), pictures([12]), [PrismSampling(0.5, list(LAYERS))]).history[0]
+    floats = (4 * 2 * 9 + 4) + (3 * 4 * 9 + 3 * 3 + 4 * 3) + (4 * 6 * 9 + 4 * 4 + 4 + 4 * 4) + (4 * 8 + 5 * 4 + 5) + (10 * 3 + 3)
+    data = 4 * floats + 2 * 8
+    assert 0 < row["bytes_up"] - data < 3000
+    assert row["bytes_down"] == row["bytes_up"]
+    other = federation(1).run(ConvNet(), pictures([12]), [PrismSampling(0.5, list(LAYERS), rows=False)]).history[0]
+    assert other["bytes_down"] - row["bytes_down"] == pytest.approx(4 * (3 * 3 + 4 * 3 + 4 * 4 + 5 * 4 + 5 + 4 + 4 * 4), abs=64)
+
+
+# -- with other methods -----------------------------------------------------------------------------------------------
+BLOCKS = "backbone.blocks.*"
+
+
+class Int8(Plugin):
+    """Floats as whole multiples of their largest magnitude / 127."""
+
+    def encode(self, message, visit):
+        coded = {}
+        for name, value in message.items():
+            if value.is_floating_point():
+                scale = value.abs().max().clamp_min(1e-30) / 127
+                coded |= {name: (value / scale).round().to(torch.int8), f"{name}:scale": scale}
+            else:
+                coded[name] = value
+        return coded
+
+    def decode(self, message, visit):
+        return {
+            name: value * message[f"{name}:scale"] if f"{name}:scale" in message else value
+            for name, value in message.items()
+            if not name.endswith(":scale")
+        }
+
+
+OTHERS = {
+    "layer freezing": lambda: [LayerFreezing(BLOCKS)],
+    "layer freezing, two rounds a stage": lambda: [LayerFreezing(BLOCKS, periods_per_stage=2)],
+    "freezing without growth": lambda: [LayerFreezing(BLOCKS, grow=False)],
+    "depth dropout": lambda: [DepthDropout(BLOCKS)],
+    "layer freezing, depth dropout": lambda: [LayerFreezing(BLOCKS), DepthDropout(BLOCKS)],
+}
+
+
+@pytest.mark.parametrize(("model", "other"), [*(("simclr", other) for other in OTHERS), ("mocov3", "layer freezing, depth dropout")])
+def test_with_other_methods_predicted_is_measured_and_what_is_there_trains(other, model, ssl, digits, federation, cost_of):
+    def plugins():
+        return [PrismSampling({0.3: 0.5, 0.6: 0.5}), *OTHERS[other]()]
+
+    module, start = ssl(model), ssl(model).state_dict()
+    settings, data = federation(3, cohort=2), digits(limit_train=64)
+    measured = settings.run(module, data, plugins())
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+    reached = 2 if "two rounds" in other else 3
+    for block in range(3):
+        name = f"backbone.blocks.{block}.mlp.fc2.weight"
+        assert torch.equal(module.state_dict()[name], start[name]) == (block >= reached)
+    assert cost_of(predict(settings, lambda: ssl(model), data, plugins())) == cost_of(measured.cost)
+
+
+def test_a_frozen_block_stays_as_it_is(ssl, digits, federation):
+    """In stage 2 block 0 is handed out in factors, and comes back bit for bit."""
+    one, other = ssl("simclr"), ssl("simclr")
+    for module, rounds in ((one, 1), (other, 2)):
+        federation(rounds).run(module, digits(), [PrismSampling(0.5), LayerFreezing(BLOCKS)])
+    for name, value in one.state_dict().items():
+        if name.startswith("backbone.blocks.0"):
+            assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_with_a_quantiser(pictures, federation):
+    """Entries off by at most half a step of 1/127 of the largest change."""
+    plain, coded, start = ConvNet(), ConvNet(), ConvNet()
+    one = federation(1).run(plain, pictures(), [PrismSampling(MIXED, list(LAYERS))])
+    other = federation(1).run(coded, pictures(), [PrismSampling(MIXED, list(LAYERS)), Int8()])
+    assert other.history[0]["bytes_up"] < one.history[0]["bytes_up"]
+    assert other.history[0]["bytes_down"] == one.history[0]["bytes_down"]
+    assert other.history[0]["kernel_coverage"] == one.history[0]["kernel_coverage"]
+    for name, value in plain.named_parameters():
+        change = (value - start.get_parameter(name)).abs().max().item()
+        assert torch.allclose(value, coded.get_parameter(name), atol=0.03 * change + 1e-6), name
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_resumed_is_uninterrupted(norm, pictures, federation, same, figures, tmp_path):
+    def plugins():
+        return [PrismSampling(MIXED, list(LAYERS), warmup_periods=1)]
+
+    whole, parts = ConvNet(norm), ConvNet(norm)
+    uninterrupted = federation(4, cohort=2).run(whole, pictures(), plugins())
+    federation(2, cohort=2, folder=tmp_path).run(parts, pictures(), plugins())
+    again = ConvNet(norm, seed=9)
+    resumed = federation(4, cohort=2, folder=tmp_path).run(again, pictures(), plugins(), resume=True)
+    same(whole.state_dict(), again.state_dict())
+    assert figures(uninterrupted) == figures(resumed)
+
+
+def test_another_keep_is_another_run(pictures, federation, tmp_path):
+    federation(1, folder=tmp_path).run(ConvNet(), pictures(), [PrismSampling(0.5, list(LAYERS))])
+    with pytest.raises(ValueError, match="plugins"):
+        federation(2, folder=tmp_path).run(ConvNet(), pictures(), [PrismSampling(0.4, list(LAYERS))], resume=True)
+
+
+def test_an_update_that_is_not_finite_is_left_out(pictures, federation):
+    data, module, server = pictures(), ConvNet("group"), ConvNet("group")
+    data.clients[1][0][0] = float("nan")
+    result = federation(1).run(module, data, [PrismSampling(MIXED, list(LAYERS))])
+    assert (result.history[0]["rejected"], result.history[0]["clients"]) == (1, 2)
+    wanted, coverage, _ = round_by_hand(server, attached(server, keep=MIXED), data, 0, [0, 2])
+    close(module, wanted)
+    assert result.history[0]["kernel_coverage"] == pytest.approx(coverage)
+
+
+def test_coverage_is_in_the_log(pictures, federation, tmp_path):
+    result = federation(2, folder=tmp_path).run(ConvNet(), pictures(), [PrismSampling(0.5, list(LAYERS))])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kernel_coverage"] for row in rows] == [row["kernel_coverage"] for row in result.history]
+    assert all(0.5 <= row["kernel_coverage"] <= 1 for row in rows)
+
+
+def test_in_warm_up_all_clients_hold_the_same(pictures, federation):
+    history = federation(3).run(ConvNet(), pictures(), [PrismSampling(0.5, list(LAYERS), warmup_periods=2, power=0)]).history
+    assert [row["kernel_coverage"] for row in history[:2]] == [0.5, 0.5]
+    assert history[2]["kernel_coverage"] > 0.5
