@@ -53,7 +53,7 @@ def hand_over_decay(configured: Any) -> None:
             optimizer.param_groups.append({**group, "params": own, "weight_decay": 0.0})
             for scheduler in schedulers:
                 if scheduler.optimizer is optimizer:
-                    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
+                    for name in ("base_lrs", "lr_lambdas", "_last_lr", "max_lrs", "min_lrs"):
                         if hasattr(scheduler, name):
                             setattr(scheduler, name, [*getattr(scheduler, name), getattr(scheduler, name)[index]])
 

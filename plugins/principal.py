@@ -14,9 +14,13 @@ from torch import nn
 
 from featherlight.plugins.sampled_layers import LAYERS, NORMS, norm_behind
 
-MLP = re.compile(r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+)$")
+MLP = re.compile(
+    r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+|intermediate\.dense|\d+\.output\.dense)$"
+)
+    r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+|intermediate\.dense|\d+\.output\.dense)$"
+)
 """How transformers name the linear layers of their MLPs (timm, torchvision, torch.nn, Hugging Face)."""
-ATTENTION = re.compile(r"(^|\.)(qkv|q_proj|k_proj|v_proj|o_proj|out_proj|query|key|value|attn\.proj)$")
+ATTENTION = re.compile(r"(^|\.)(qkv|q_proj|k_proj|v_proj|o_proj|out_proj|query|key|value|attn\.proj|attn\.c_attn|attn\.c_proj)$")
 """How they name those of attention."""
 
 
@@ -66,7 +70,8 @@ def find_layers(model: nn.Module, layers: str | Sequence[str], attention: bool, 
         for path in chosen:
             if reason := _why_not(kinds[path]):
                 raise ValueError(f'layer "{path}" cannot be taken apart: {reason}; name others, or use layers="auto"')
-    chosen = [path for path in chosen if not _why_not(kinds[path])]
+    online = {path for path in chosen if not _why_not(kinds[path])}
+    chosen = [path for path in kinds if path in online or _leader(path, targets) in online]
     if not chosen:
         raise ValueError(
             "nothing to take apart: no convolution of more than one tap (the stem apart), no transformer's MLP; name linear layers with "
@@ -118,22 +123,32 @@ def _parameter(like: nn.Parameter, shape: Sequence[int]) -> nn.Parameter:
 
 def _layer(model: nn.Module, path: str, module: Any, rows: bool, targets: dict[str, str]) -> Layer:
     outputs, inputs = module.weight.shape[0], module.weight[0].numel()
-    leader = next((online + path[len(target) :] for target, online in targets.items() if f"{path}.".startswith(f"{target}.")), path)
     parent, _, name = path.rpartition(".")
-    siblings = model.get_submodule(parent)
-    behind = norm_behind(siblings, name) if isinstance(module, nn.Conv2d) else None
-    # an unknown norm would make something of channels that are not there
-    samples_rows = rows and (behind is not None or not _normalised(siblings, name))
+    behind = norm_behind(model.get_submodule(parent), name) if isinstance(module, nn.Conv2d) else None
+    # any other norm would make something of channels that are not there
+    samples_rows = rows and (behind is not None or not _normalised(model, path))
     norm = f"{parent}.{behind}".lstrip(".") if behind is not None and samples_rows else None
-    return Layer(leader, norm, outputs, min(outputs, inputs), samples_rows)
+    return Layer(_leader(path, targets), norm, outputs, min(outputs, inputs), samples_rows)
 
 
-def _normalised(parent: nn.Module, layer: str) -> bool:
-    """Whether what ``parent`` registers right behind ``layer`` is a norm."""
-    names = list(parent._modules)
-    behind = (parent._modules[name] for name in names[names.index(layer) + 1 :])
-    first = next((module for module in behind if module is not None and any(True for _ in module.parameters())), None)
-    return first is not None and "norm" in type(first).__name__.lower()
+def _leader(path: str, targets: dict[str, str]) -> str:
+    """The path of the layer that ``path`` copies, where it lies in a momentum copy; else its own."""
+    return next((online + path[len(target) :] for target, online in targets.items() if f"{path}.".startswith(f"{target}.")), path)
+
+
+def _normalised(model: nn.Module, path: str) -> bool:
+    """Whether what the model registers right behind the layer at ``path`` is a norm: behind a linear layer, within its parent; behind a
+    convolution, anywhere, since the norms of some networks stand a level above or in the next block."""
+    leaves = [(other, module) for other, module in model.named_modules() if not list(module.children())]
+    place = next(index for index, (other, _) in enumerate(leaves) if other == path)
+    within = "" if isinstance(leaves[place][1], nn.Conv2d) else path.rpartition(".")[0]
+    for other, module in leaves[place + 1 :]:
+        if not f"{other}.".startswith(f"{within}." if within else ""):
+            return False
+        is_norm = "norm" in type(module).__name__.lower()
+        if is_norm or any(True for _ in module.parameters()):
+            return is_norm
+    return False
 
 
 def _is_auto(path: str, module: nn.Module, attention: bool) -> bool:

@@ -330,10 +330,7 @@ FORMS = {
 }
 
 
-KEPT_BY_GROUP = pytest.mark.xfail(strict=True, reason="a scheduler's max_lrs, one for each group, do not learn of the new one")
-
-
-@pytest.mark.parametrize("schedule", [pytest.param(name, marks=[KEPT_BY_GROUP] * (name == "cyclic")) for name in SCHEDULES])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("form", FORMS)
 def test_factors_leave_the_optimizer_s_decay_and_keep_its_schedule(form, schedule):
     """Two groups of different rates: each factor's learning rate is what it was without, at every step."""
