@@ -17,8 +17,6 @@ from featherlight.plugins.sampled_layers import LAYERS, NORMS, norm_behind
 MLP = re.compile(
     r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+|intermediate\.dense|\d+\.output\.dense)$"
 )
-    r"(^|\.)(fc1|fc2|linear1|linear2|lin1|lin2|c_fc|w1|w2|w3|(mlp|ffn|feed_forward)\.\w+|intermediate\.dense|\d+\.output\.dense)$"
-)
 """How transformers name the linear layers of their MLPs (timm, torchvision, torch.nn, Hugging Face)."""
 ATTENTION = re.compile(r"(^|\.)(qkv|q_proj|k_proj|v_proj|o_proj|out_proj|query|key|value|attn\.proj|attn\.c_attn|attn\.c_proj)$")
 """How they name those of attention."""
