@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class WidthSlicing(Plugin):
             self._cuts = {name: tuple(map(slice, value.shape)) for name, value in self._small.state_dict().items()}
         return self._small
 
-    def encode_down(self, message: Message, visit: Visit) -> Message:
+    def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
         return {name: value[self._cuts[name]].contiguous() for name, value in message.items()}
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:

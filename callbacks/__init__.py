@@ -4,8 +4,18 @@ from featherlight.callbacks.cost_monitor import CostMonitor
 from featherlight.callbacks.depth_dropout import DepthDropout
 from featherlight.callbacks.fresh_start import FreshStart
 from featherlight.callbacks.host import PluginCallback
+from featherlight.callbacks.intrinsic import IntrinsicProjection
 from featherlight.callbacks.layer_freezing import LayerFreezing
 from featherlight.callbacks.prism import PrismSampling
 from featherlight.callbacks.progressive_growth import ProgressiveGrowth
 
-__all__ = ["CostMonitor", "DepthDropout", "FreshStart", "LayerFreezing", "PluginCallback", "PrismSampling", "ProgressiveGrowth"]
+__all__ = [
+    "CostMonitor",
+    "DepthDropout",
+    "FreshStart",
+    "IntrinsicProjection",
+    "LayerFreezing",
+    "PluginCallback",
+    "PrismSampling",
+    "ProgressiveGrowth",
+]

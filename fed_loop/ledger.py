@@ -36,11 +36,20 @@ class Ledger:
         kept = self._kept.get(client, {})
         return [name for name in held if self.resend or name in made or kept.get(name) != self._version(name)]
 
-    def after(self, client: int, held: Iterable[str], trained: Iterable[str]) -> dict[str, int]:
-        """What ``client`` keeps once it has trained: name → version."""
+    def kept(self, client: int) -> Collection[str]:
+        """Names of what ``client`` still has."""
+        return self._kept.get(client, {}).keys()
+
+    def after(self, client: int, held: Iterable[str], trained: Iterable[str], known: Collection[str] | None = None) -> dict[str, int]:
+        """What ``client`` keeps once it has trained: name → version.
+
+        Args:
+            known: the server's names; of others, only what is ``held`` now is kept. None: all names are.
+        """
         if self.resend:
             return {}
-        kept = self._kept.get(client, {}) | {name: self._version(name) for name in held}
+        kept = {name: version for name, version in self._kept.get(client, {}).items() if known is None or name in known}
+        kept |= {name: self._version(name) for name in held}
         for name in trained:
             kept.pop(name, None)
         return kept

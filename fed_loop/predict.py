@@ -21,7 +21,7 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
-from featherlight.fed_loop.trainees import Trainee, Trainees, derived
+from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
 from featherlight.plugins.cost_table import CostTable
@@ -92,7 +92,7 @@ class _Prediction:
         self.table = CostTable()
         self._lengths: dict[Any, int] = {}
         self._lengths_up: dict[Any, int] = {}
-        self._served: dict[Any, tuple[Message, set[str]]] = {}
+        self._served: dict[Any, Served] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
         settings = self.settings
@@ -104,9 +104,9 @@ class _Prediction:
                 visit = Visit(round, client, settings.seed)
                 trainee = self.trainees.of(visit)
                 plan = trainee.plan(visit)
-                served, made = self._serve(trainee, plan, visit)
-                kept[client] = self.ledger.after(client, (name for name in plan.received if name not in made), plan.sent)
-                self._turn(trainee, plan, visit, served, made)
+                served = self._serve(trainee, plan, visit)
+                kept[client] = self.ledger.after(client, served.lasting, plan.sent, self.own.live.keys())
+                self._turn(trainee, plan, visit, served)
                 changed |= plan.sent.keys()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
@@ -114,15 +114,15 @@ class _Prediction:
             progress(round + 1)
         return self.table
 
-    def _serve(self, trainee: Trainee, plan: Plan, visit: Visit) -> tuple[Message, set[str]]:
-        """What goes down, in shapes: worked out once for all visits whose modules and plans are alike."""
-        key = id(trainee), plan.structure
-        if key not in self._served:
-            served = self.trainees.serve(self.own.live, visit)
-            self._served[key] = served, derived(served, self.own.live)
+    def _serve(self, trainee: Trainee, plan: Plan, visit: Visit) -> Served:
+        """What goes down, in shapes: worked out once for all visits that have the same entries, where it consists of the model's."""
+        key = id(trainee), tuple(plan.received)
+        known = self._served.get(key)
+        if known is None or len(known.wanted) != len(plan.received):
+            self._served[key] = self.trainees.serve(self.own.live, plan, visit, self.ledger.kept(visit.client))
         return self._served[key]
 
-    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Message, made: set[str]) -> None:
+    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served) -> None:
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
         clear([trainee.raw_optimizer])
         trainee.module.zero_grad()
@@ -133,8 +133,8 @@ class _Prediction:
                     warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
                     _, of_step = trainee.step.metered(trainee.module, trainee.raw_optimizer, batch, Clock(visit.round, step))
                 self.meters.note(of_step)
-        names = self.ledger.to_send(visit.client, plan.received, made)
-        down = self._length({name: served[name] for name in names})
+        names = self.ledger.to_send(visit.client, served.wanted, served.made)
+        down = self._length({name: served.entries[name] for name in names})
         cost = self.meters.turn_cost(plan, sum(sizes), down, self._length_up(trainee, plan, visit))
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
 

@@ -152,6 +152,7 @@ class Run:
         """The server's step: mean → lift → server optimizer → settle."""
         result: Mapping[str, Any] = mean.result()
         if self.chain.by_differences:
+            self._load_server()  # the model holds the last client's weights
             result = self.chain.lift(result, clock)
         held_by_some = {name: entry[1] for name, entry in result.items() if isinstance(entry, tuple)}
         total = {name: entry[0] if isinstance(entry, tuple) else entry for name, entry in result.items()}
@@ -308,6 +309,7 @@ class Run:
             self.server[name].copy_(value)
         self.optimizer_of_server.load_state_dict(state["server_optimizer"])
         self.ledger.load_state_dict(state["ledger"])
+        self.chain.load_state_dict(state["plugins"])
         self.result.cost.load_state_dict(state["cost"])
         self.result.history, self.result.metrics = state["history"], state["metrics"]
         self.result.rounds = state["round"]
@@ -345,6 +347,7 @@ class Run:
             "server": self.server,
             "server_optimizer": self.optimizer_of_server.state_dict(),
             "ledger": self.ledger.state_dict(),
+            "plugins": self.chain.state_dict(),
             "cost": self.result.cost.state_dict(),
             "history": self.result.history,
             "metrics": self.result.metrics,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from featherlight.fed_loop.local_step import LocalStep
@@ -14,6 +14,23 @@ from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan, may_travel, shareable
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.optimizer_state import check_covered, release
+
+
+class Served(NamedTuple):
+    """What a client is to have before it trains.
+
+    Args:
+        entries: by name; wanted: the names among them that this client needs; made: those made for it alone, which it need not keep.
+    """
+
+    entries: Message
+    wanted: tuple[str, ...]
+    made: frozenset[str]
+
+    @property
+    def lasting(self) -> list[str]:
+        """What the client may keep."""
+        return [name for name in self.wanted if name not in self.made]
 
 
 class Trainee:
@@ -86,10 +103,15 @@ class Trainees:
         trainee.begin(Clock(visit.round, 0))
         return trainee
 
-    def serve(self, server: Message, visit: Visit) -> Message:
-        """The server's entries as the client of ``visit`` gets them."""
+    def serve(self, server: Message, plan: Plan, visit: Visit, kept: Collection[str]) -> Served:
+        """The server's entries as the client of ``visit`` gets them, ``kept`` being the names of what it still has."""
         chain = self.own.chain
-        return chain.encode_down(server, visit) if chain.encodes_down else server
+        if not chain.encodes_down:
+            return Served(server, tuple(plan.received), frozenset())
+        entries = chain.encode_down(server, visit, kept)
+        made = frozenset(name for name, value in entries.items() if name in plan.received and value is not server.get(name))
+        new = (name for name in entries if name not in plan.received and name not in server)
+        return Served(entries, (*(name for name in plan.received if name in entries), *new), made)
 
     def travels(self, visits: Iterable[Visit]) -> Message:
         """Entries as they may reach the server from ``visits``, for their names and shapes."""
@@ -108,8 +130,3 @@ class Trainees:
                 entries = chain.decode(dict(entries), visit)
             like |= {name: value[0] if isinstance(value, tuple) else value for name, value in entries.items()}
         return like
-
-
-def derived(served: Mapping[str, Tensor], server: Mapping[str, Tensor]) -> set[str]:
-    """Entries that were made for one client, so that it need not keep them: they are not the server's own."""
-    return {name for name, value in served.items() if value is not server.get(name)}

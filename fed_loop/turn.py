@@ -15,7 +15,7 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
-from featherlight.fed_loop.trainees import Trainee, Trainees, derived
+from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
@@ -70,11 +70,9 @@ class Clients:
         trainee = self._trainees.of(visit)
         chain = self._trainees.own.chain
         plan = trainee.plan(visit)
-        served = self._trainees.serve(server, visit)
-        made = derived(served, server)
-        kept = ledger.after(visit.client, (name for name in plan.received if name not in made), plan.sent)
-        turn = Turn(visit.client, kept=kept)
-        bytes_down = self._receive(trainee, plan, visit, served, made, ledger)
+        served = self._trainees.serve(server, plan, visit, ledger.kept(visit.client))
+        turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
+        bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
         samples = self._steps(trainee, visit, batches, plan, turn)
         payload = self._send(trainee, plan, before, visit)
@@ -84,16 +82,17 @@ class Clients:
         turn.cost = self.meters.turn_cost(plan, samples, bytes_down, len(payload), time.perf_counter() - started)
         return turn, update
 
-    def _receive(self, trainee: Trainee, plan: Plan, visit: Visit, served: Message, made: set[str], ledger: Ledger) -> int:
+    def _receive(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, server: Message, ledger: Ledger) -> int:
         """Load what the client still holds and what it is sent; returns the length of the message."""
-        names = tuple(ledger.to_send(visit.client, plan.received, made))
-        if made or self._last is None or self._last[0] != names:  # the same message for one client after the other is made and read once
-            payload = pack({name: served[name] for name in names})
+        names = tuple(ledger.to_send(visit.client, served.wanted, served.made))
+        if served.made or self._last is None or self._last[0] != names:  # the same message for several clients is made and read once
+            payload = pack({name: served.entries[name] for name in names})
             self._last = names, len(payload), unpack(payload)
         _, length, received = self._last
         received = trainee.chain.decode_down(received, visit)
         with torch.no_grad():
-            torch._foreach_copy_(list(plan.received.values()), [received.get(name, served[name]) for name in plan.received])
+            values = [received[name] if name in received else server[name] for name in plan.received]
+            torch._foreach_copy_(list(plan.received.values()), values)
         follow(trainee.module, trainee.targets)
         return length
 

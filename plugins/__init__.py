@@ -4,6 +4,7 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
+from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
@@ -15,6 +16,7 @@ __all__ = [
     "Change",
     "Clock",
     "DepthDropout",
+    "IntrinsicProjection",
     "LayerFreezing",
     "Message",
     "Plugin",

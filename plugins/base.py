@@ -6,7 +6,7 @@ Lightning callback, a federated loop) call its verbs in a fixed order and know n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -103,10 +103,15 @@ class Plugin:
         return None
 
     # -- federated: the wire --------------------------------------------------------------------------------------
-    def encode_down(self, message: Message, visit: Visit) -> Message:
-        """The server's side: from its entries to those that this client's module has.
+    def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
+        """The server's side: from its entries to those that this client's module has, or to others from which the client makes those.
 
-        What comes back as the same object is the server's own, and may be kept by the client from one round to the next.
+        An entry that comes back as the same object is the server's own, and may be kept by the client from one round to the next. So
+        is an entry of a new name, which must never be used for another content. An entry whose object is new under the server's name is
+        made for this client alone, and sent in every round.
+
+        Args:
+            kept: names of entries that the client still has from earlier rounds; where returned, they do not travel again.
         """
         return message
 
@@ -127,7 +132,8 @@ class Plugin:
 
     # -- federated: the server, once a round ----------------------------------------------------------------------
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
-        """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again.
+        """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again. The model
+        holds the server's weights.
 
         Args:
             total: mean changes, float64, by name; ``(mean, held)`` with a mask where somebody held only some of the elements.
@@ -140,6 +146,14 @@ class Plugin:
     def figures(self) -> Mapping[str, float]:
         """What this method tells of the round that ends, by name, for the log."""
         return {}
+
+    # -- what a checkpoint of a federation must hold ------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """What the server's instance knows beyond the server's weights and the clock: tensors and plain data; for most methods nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
 
     # -- what a method is -----------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:

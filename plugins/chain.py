@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,9 +89,9 @@ class Chain(Plugin):
             raise ValueError(f"{narrowing} each make a smaller module for a client, which can have one: choose one of them")
         return modules[0] if modules else None
 
-    def encode_down(self, message: Message, visit: Visit) -> Message:
+    def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
         for plugin in self.plugins:
-            message = plugin.encode_down(message, visit)
+            message = plugin.encode_down(message, visit, kept)
         return message
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
@@ -121,6 +121,13 @@ class Chain(Plugin):
 
     def figures(self) -> Mapping[str, float]:
         return {name: figure for plugin in self.plugins for name, figure in plugin.figures().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(place): state for place, plugin in enumerate(self.plugins) if (state := plugin.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for place, own in state.items():
+            self.plugins[int(place)].load_state_dict(own)
 
     def describe(self) -> dict[str, Any]:
         return {f"{position}.{type(plugin).__name__}": plugin.describe() for position, plugin in enumerate(self.plugins)}

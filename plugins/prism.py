@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -173,7 +173,7 @@ class PrismSampling(Plugin):
     def narrow(self, visit: Visit) -> nn.Module:
         return self._modules[self.keep_of(visit.client)]
 
-    def encode_down(self, message: Message, visit: Visit) -> Message:
+    def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
         message = dict(message)
         for path, pick in self._picks(visit).items():
             layer, (u, v, _) = self._layers[path], self._factors[path]

@@ -129,7 +129,7 @@ def test_who_changes_what_travels_is_known():
             return total
 
     class Server(Plugin):
-        def encode_down(self, message, visit):
+        def encode_down(self, message, visit, kept=()):
             return message
 
     assert (Chain([Encoder()]).by_differences, Chain([Encoder()]).decodes) == (True, False)

@@ -1,0 +1,286 @@
+"""Intrinsic gradient compression: what trains moves in a random subspace, so that d numbers travel in place of D (arXiv 2112.02656)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
+from featherlight.plugins.present import held
+from featherlight.plugins.projections import PROJECTIONS, Projection
+from featherlight.plugins.seeds import derive, generator
+from featherlight.plugins.targets import find_targets
+
+PREFIX = "intrinsic"
+
+
+@dataclass
+class _Span:
+    """Rounds that share subspaces and the parameters that train.
+
+    Args:
+        number: counted from 0; names: of the parameters; base: their values when it began, flat; sums: Σ, (K, d), float64;
+            changed: the last round, before the one under way, in which each of the K may have changed; −1: none.
+    """
+
+    number: int
+    names: list[str]
+    base: Tensor
+    sums: Tensor
+    changed: list[int] = field(default_factory=list)
+
+
+class IntrinsicProjection(Plugin):
+    """Parameters θ are θ₀ + Σ_k A_k·Σ_k with random A_k (D, d) that all draw from a seed: a client sends Aᵀ·(its change), d numbers,
+    and is sent the Σ_k that it does not hold yet. Static with the defaults; ``subspaces`` K > 1: K-subspace; ``periods_per_span``:
+    time-varying.
+
+    The server's step must be the plain average. What is no parameter (running statistics) travels as it is. Under a Trainer, every
+    optimizer step is projected, whatever the optimizer, so that the model trains in a subspace of d dimensions (arXiv 1804.08838).
+
+    Args:
+        dim: d, numbers that a client sends.
+        subspaces: K; each client of a round draws one of them (``draw="client"``), or all the same one (``draw="round"``).
+        periods_per_span: rounds after which new subspaces are drawn; None: never.
+        projection: ``"fastfood"`` (O(D log D)) or ``"sparse_signs"`` (O(D)).
+        space: ``"gradient"``: clients train freely and project their change once; ``"subspace"``: every step is projected.
+        gain: what a projected change is multiplied by: ``"projection"``: d/D, as if A's columns were orthonormal, never longer than the
+            change itself; ``"unbiased"``: 1, E[A·Aᵀ] = I, D/d times as long; or a number between.
+        draw: who draws among K > 1 subspaces.
+        known_start: clients have the first round's model (drawn from a seed, or pre-trained); otherwise a client's first visit sends it.
+
+    Raises:
+        ValueError: sizes out of range; in a federation, a server step other than the average.
+    """
+
+    def __init__(
+        self,
+        dim: int = 65536,
+        subspaces: int = 1,
+        periods_per_span: int | None = None,
+        projection: Literal["fastfood", "sparse_signs"] = "fastfood",
+        space: Literal["gradient", "subspace"] = "gradient",
+        gain: float | Literal["projection", "unbiased"] = "projection",
+        draw: Literal["client", "round"] = "client",
+        known_start: bool = True,
+    ) -> None:
+        for name, value in (("dim", dim), ("subspaces", subspaces), ("periods_per_span", periods_per_span)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give 1 or more")
+        for name, given, allowed in (
+            ("projection", projection, tuple(PROJECTIONS)),
+            ("space", space, ("gradient", "subspace")),
+            ("draw", draw, ("client", "round")),
+        ):
+            if given not in allowed:
+                raise ValueError(f"{name}={given!r} is not known; use {' or '.join(map(repr, allowed))}")
+        if isinstance(gain, str) and gain not in ("projection", "unbiased"):
+            raise ValueError(f"gain={gain!r} is not known; use 'projection', 'unbiased' or a number")
+        if not isinstance(gain, str) and not gain > 0:
+            raise ValueError(f"gain={gain}: give a number above 0")
+        self.dim = dim
+        self.subspaces = subspaces
+        self.periods_per_span = periods_per_span
+        self.projection = projection
+        self.space = space
+        self.gain = gain
+        self.draw = draw
+        self.known_start = known_start
+        self._spans: list[_Span] = []
+        self._round = -1
+        self._maps: dict[tuple[int, int], Projection] = {}
+        self._lifted: Tensor | None = None
+        self._seed = 0
+        self._every_step = space == "subspace"
+        self._before: Tensor | None = None
+        self._visit = Visit(0)
+
+    def in_place(self) -> IntrinsicProjection:
+        """Work on one machine, where nothing travels: every step is projected.
+
+        Raises:
+            ValueError: more than one subspace, of which one machine would use one.
+        """
+        if self.subspaces > 1:
+            raise ValueError(f"subspaces={self.subspaces}: on one machine there is one client, which draws one; use periods_per_span")
+        self._every_step = True
+        return self
+
+    # -- on the model being trained -------------------------------------------------------------------------------
+    def attach(self, model: nn.Module) -> None:
+        self._model = model
+        self._skip = tuple(f"{path}." for path in find_targets(model))
+
+    def advance(self, clock: Clock) -> Change:
+        return Change()
+
+    def visit(self, visit: Visit) -> None:
+        self._visit = visit
+
+    def before_forward(self, clock: Clock) -> None:
+        if self._every_step and self._model.training:
+            self._begin_round(self._visit)
+            self._before = self._flat({name: value.detach() for name, value in self._covered().items()})
+
+    def after_step(self, clock: Clock) -> None:
+        """What the optimizer changed becomes its part in the subspace."""
+        if self._before is None:
+            return
+        live = self._covered()
+        before, self._before = self._before, None
+        change = self._flat({name: value.detach() for name, value in live.items()}) - before
+        if not bool(change.any()):
+            return
+        which = self._which(self._visit)
+        operator = self._map(self._spans[-1].number, which)
+        inside = before + operator.lift(operator.project(change) * self._gain(change.numel()))
+        with torch.no_grad():
+            for name, value in self._split(inside).items():
+                live[name].copy_(value)
+
+    # -- federated: down ------------------------------------------------------------------------------------------
+    def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
+        self._begin_round(visit)
+        vectors: Message = {}
+        for span in self._spans:
+            for which in range(self.subspaces):
+                if span.changed[which] >= 0:
+                    vectors[f"{PREFIX}.{span.number}.{which}@{span.changed[which]}"] = span.sums[which].float()
+        missing = [name for name in vectors if name not in kept]
+        size, covered = self._spans[-1].base.numel(), set(self._spans[-1].names)
+        stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
+        if stranger or len(missing) * self.dim >= size:
+            held_now = {f"{PREFIX}.start@0": message[next(iter(covered))].new_zeros(0)}
+            return message | held_now | {name: vector.new_zeros(0) for name, vector in vectors.items()}
+        start = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
+        return {name: value for name, value in message.items() if name not in covered} | start | vectors
+
+    def decode_down(self, message: Message, visit: Visit) -> Message:
+        rest = {name: value for name, value in message.items() if not name.startswith(f"{PREFIX}.")}
+        if self._spans[-1].names[0] in message:
+            return rest
+        return rest | self._split(self._position().to(self._spans[-1].base.dtype))
+
+    # -- federated: up --------------------------------------------------------------------------------------------
+    def encode(self, message: Message, visit: Visit) -> Message:
+        self._begin_round(visit)
+        span = self._spans[-1]
+        parameters = dict(self._model.named_parameters())
+        others = {name: value for name, value in message.items() if name not in span.names}
+        strangers = [name for name in others if name in parameters or name not in self._model.state_dict(keep_vars=True)]
+        if strangers:
+            raise ValueError(
+                f"{strangers[0]} is not a parameter of the server's model that trains in this round: clients with modules of their own, "
+                "smaller ones, have no subspace in common; leave one of the two methods out"
+            )
+        change = self._flat({name: message.get(name, parameters[name].new_zeros(()).expand(parameters[name].shape)) for name in span.names})
+        z = self._map(span.number, self._which(visit)).project(change) * self._gain(change.numel())
+        return {f"{PREFIX}.z": z, **others}
+
+    def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
+        if self.subspaces == 1 or f"{PREFIX}.z" not in message:
+            return message
+        z = message[f"{PREFIX}.z"]
+        placed = z.new_zeros(self.subspaces, self.dim)
+        placed[self._which(visit)] = z
+        return {**message, f"{PREFIX}.z": placed}
+
+    def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
+        total = dict(total)
+        mean = total.pop(f"{PREFIX}.z", None)
+        if mean is None:
+            return total
+        span = self._spans[-1]
+        mean = mean.view(self.subspaces, self.dim)
+        span.sums += mean
+        self._lifted = None
+        now = self._flat({name: value.detach() for name, value in self._covered().items()})
+        return {**total, **self._split(self._position() - now.double())}
+
+    def settle(self, server: nn.Module, clock: Clock) -> None:
+        if not self._spans or self._lifted is None:
+            return
+        now = self._flat({name: value.detach() for name, value in self._covered().items()})
+        expected = self._position().to(now.dtype)
+        if not torch.allclose(now, expected, rtol=1e-4, atol=1e-6):
+            raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self._round, "seed": self._seed, "spans": [vars(span) for span in self._spans]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._round, self._seed = state["round"], state["seed"]
+        self._spans = [_Span(**span) for span in state["spans"]]
+        self._maps, self._lifted = {}, None
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+    def _covered(self) -> dict[str, Tensor]:
+        """The parameters that train now, by name."""
+        present = held(self._model).items()
+        return {
+            name: value
+            for name, value in present
+            if isinstance(value, nn.Parameter) and value.requires_grad and not name.startswith(self._skip or ("\0",))
+        }
+
+    def _begin_round(self, visit: Visit) -> None:
+        """A new span where it is time for one, or where other parameters train now."""
+        if self._round == visit.round and self._spans:
+            return
+        before, self._round, self._seed = self._round, visit.round, visit.seed
+        live = self._covered()
+        if self._spans:
+            drawn = range(self.subspaces) if self.draw == "client" else [self._which(Visit(before, 0, visit.seed))]
+            for which in drawn:
+                self._spans[-1].changed[which] = before
+            due = self.periods_per_span is not None and visit.round // self.periods_per_span > before // self.periods_per_span
+            if self._spans[-1].names == list(live) and not due:
+                return
+        base = torch.cat([value.detach().flatten() for value in live.values()])
+        if self.dim > base.numel():
+            raise ValueError(f"dim={self.dim}: {base.numel()} parameters train in this stage; give that many or fewer")
+        sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=base.device)
+        for span in self._spans:  # only their sums are needed any more, by those who were away
+            span.base, span.names = base.new_zeros(0), []
+        self._spans.append(_Span(len(self._spans), list(live), base, sums, [-1] * self.subspaces))
+        self._maps, self._lifted = {}, None
+
+    def _map(self, span: int, which: int) -> Projection:
+        if (span, which) not in self._maps:
+            size = self._spans[-1].base.numel()
+            self._maps[span, which] = PROJECTIONS[self.projection](size, self.dim, derive(self._seed, PREFIX, span, which))
+        return self._maps[span, which]
+
+    def _which(self, visit: Visit) -> int:
+        """The subspace that a client uses."""
+        if self.subspaces == 1:
+            return 0
+        parts = (visit.round, visit.client) if self.draw == "client" else (visit.round,)
+        return int(torch.randint(self.subspaces, (), generator=generator(visit.seed, *parts, PREFIX)))
+
+    def _gain(self, size: int) -> float:
+        return {"projection": self.dim / size, "unbiased": 1.0}[self.gain] if isinstance(self.gain, str) else self.gain
+
+    def _position(self) -> Tensor:
+        """θ₀ + Σ_k A_k·Σ_k, flat, float64; worked out once for all that ask in a round."""
+        span = self._spans[-1]
+        if self._lifted is None:
+            position = span.base.double()
+            for which in range(self.subspaces):
+                position = position + self._map(span.number, which).lift(span.sums[which].to(span.base.dtype))
+            self._lifted = position
+        return self._lifted
+
+    def _flat(self, entries: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([entries[name].flatten() for name in self._spans[-1].names])
+
+    def _split(self, flat: Tensor) -> Message:
+        names = self._spans[-1].names
+        shapes = [self._model.get_parameter(name).shape for name in names]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
