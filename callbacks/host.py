@@ -155,6 +155,7 @@ class PluginCallback(pl.Callback):
                 "seed": common_seed(trainer),
                 "epoch": self._reached,
                 "brought": self._brought.take(checkpoint["state_dict"]),
+                "state": Chain(callback.plugin for callback in _members(trainer)).state_dict(),
             }
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -162,6 +163,7 @@ class PluginCallback(pl.Callback):
             return
         entry = saved.check_same(checkpoint.get(saved.KEY), _members(trainer), common_seed(trainer))
         self._brought.put_back(pl_module, entry["brought"])
+        self._chain.load_state_dict(entry.get("state", {}))  # checkpoints of earlier versions have none
         self._reached = entry["epoch"]
         if trainer.state.fn != "fit" and self._reached is not None:  # a checkpoint is evaluated as far as it has grown
             self._chain.advance(Clock(self._reached, 1))

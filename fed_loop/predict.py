@@ -118,9 +118,11 @@ class _Prediction:
         """What goes down, in shapes: worked out once for all visits that have the same entries, where it consists of the model's."""
         key = id(trainee), tuple(plan.received)
         known = self._served.get(key)
-        if known is None or len(known.wanted) != len(plan.received):
-            self._served[key] = self.trainees.serve(self.own.live, plan, visit, self.ledger.kept(visit.client))
-        return self._served[key]
+        if known is None:
+            known = self.trainees.serve(self.own.live, plan, visit, self.ledger.kept(visit.client))
+            if plan.received.keys() >= set(known.wanted):  # others have a content, and depend on what the client has
+                self._served[key] = known
+        return known
 
     def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served) -> None:
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)

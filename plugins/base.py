@@ -7,7 +7,7 @@ Lightning callback, a federated loop) call its verbs in a fixed order and know n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -65,6 +65,9 @@ class Plugin:
     :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same arguments, which
     gets the verbs of training, :meth:`decode_down` and :meth:`encode`; without one, the first does both.
     """
+
+    same_for_all: ClassVar[bool] = False
+    """Whether all clients must train the server's own module, none a smaller one that another method makes."""
 
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:

@@ -87,6 +87,12 @@ class Chain(Plugin):
         if len(modules) > 1:
             narrowing = ", ".join(type(plugin).__name__ for plugin in self.plugins if overrides(plugin, "narrow"))
             raise ValueError(f"{narrowing} each make a smaller module for a client, which can have one: choose one of them")
+        needing = ", ".join(type(plugin).__name__ for plugin in self.plugins if plugin.same_for_all)
+        if modules and needing:
+            narrowing = ", ".join(type(plugin).__name__ for plugin in self.plugins if overrides(plugin, "narrow"))
+            raise ValueError(
+                f"{needing} needs clients that train the same parameters, and {narrowing} gives them smaller modules: leave one out"
+            )
         return modules[0] if modules else None
 
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
-from featherlight.plugins.present import held
+from featherlight.plugins.base import Clock, Message, Plugin, Visit
 from featherlight.plugins.projections import PROJECTIONS, Projection
-from featherlight.plugins.seeds import derive, generator
+from featherlight.plugins.seeds import derive
 from featherlight.plugins.targets import find_targets
 
 PREFIX = "intrinsic"
@@ -23,12 +23,14 @@ class _Span:
     """Rounds that share subspaces and the parameters that train.
 
     Args:
-        number: counted from 0; names: of the parameters; base: their values when it began, flat; sums: Σ, (K, d), float64;
-            changed: the last round, before the one under way, in which each of the K may have changed; −1: none.
+        number: counted from 0; names: of the parameters; size: D, how many numbers they have; base: their values when it began, flat
+            (where nothing travels, nothing); sums: Σ, (K, d), float64; changed: the last round, before the one under way, in which each
+            of the K may have changed; −1: none.
     """
 
     number: int
     names: list[str]
+    size: int
     base: Tensor
     sums: Tensor
     changed: list[int] = field(default_factory=list)
@@ -56,6 +58,8 @@ class IntrinsicProjection(Plugin):
     Raises:
         ValueError: sizes out of range; in a federation, a server step other than the average.
     """
+
+    same_for_all = True
 
     def __init__(
         self,
@@ -90,12 +94,16 @@ class IntrinsicProjection(Plugin):
         self.gain = gain
         self.draw = draw
         self.known_start = known_start
+        self._alone = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """As if nothing had been trained yet."""
         self._spans: list[_Span] = []
         self._round = -1
         self._maps: dict[tuple[int, int], Projection] = {}
         self._lifted: Tensor | None = None
         self._seed = 0
-        self._every_step = space == "subspace"
         self._before: Tensor | None = None
         self._visit = Visit(0)
 
@@ -107,40 +115,36 @@ class IntrinsicProjection(Plugin):
         """
         if self.subspaces > 1:
             raise ValueError(f"subspaces={self.subspaces}: on one machine there is one client, which draws one; use periods_per_span")
-        self._every_step = True
+        self._alone = True
         return self
 
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
+        self._forget()
         self._model = model
         self._skip = tuple(f"{path}." for path in find_targets(model))
-
-    def advance(self, clock: Clock) -> Change:
-        return Change()
 
     def visit(self, visit: Visit) -> None:
         self._visit = visit
 
-    def before_forward(self, clock: Clock) -> None:
-        if self._every_step and self._model.training:
+    def after_backward(self, clock: Clock) -> None:
+        """An optimizer step comes next: where the parameters are now is where it starts from."""
+        if self._alone or self.space == "subspace":
             self._begin_round(self._visit)
-            self._before = self._flat({name: value.detach() for name, value in self._covered().items()})
+            if self._before is None:  # the first of several optimizers
+                self._before = self._now()
 
     def after_step(self, clock: Clock) -> None:
         """What the optimizer changed becomes its part in the subspace."""
         if self._before is None:
             return
-        live = self._covered()
         before, self._before = self._before, None
-        change = self._flat({name: value.detach() for name, value in live.items()}) - before
-        if not bool(change.any()):
-            return
-        which = self._which(self._visit)
-        operator = self._map(self._spans[-1].number, which)
+        change = self._now() - before
+        operator = self._map(self._spans[-1].number, self._which(self._visit))
         inside = before + operator.lift(operator.project(change) * self._gain(change.numel()))
         with torch.no_grad():
             for name, value in self._split(inside).items():
-                live[name].copy_(value)
+                self._model.get_parameter(name).copy_(value)
 
     # -- federated: down ------------------------------------------------------------------------------------------
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
@@ -151,7 +155,7 @@ class IntrinsicProjection(Plugin):
                 if span.changed[which] >= 0:
                     vectors[f"{PREFIX}.{span.number}.{which}@{span.changed[which]}"] = span.sums[which].float()
         missing = [name for name in vectors if name not in kept]
-        size, covered = self._spans[-1].base.numel(), set(self._spans[-1].names)
+        size, covered = self._spans[-1].size, set(self._spans[-1].names)
         stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
         if stranger or len(missing) * self.dim >= size:
             held_now = {f"{PREFIX}.start@0": message[next(iter(covered))].new_zeros(0)}
@@ -161,7 +165,7 @@ class IntrinsicProjection(Plugin):
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         rest = {name: value for name, value in message.items() if not name.startswith(f"{PREFIX}.")}
-        if self._spans[-1].names[0] in message:
+        if not message.keys().isdisjoint(self._spans[-1].names):
             return rest
         return rest | self._split(self._position().to(self._spans[-1].base.dtype))
 
@@ -198,35 +202,49 @@ class IntrinsicProjection(Plugin):
         mean = mean.view(self.subspaces, self.dim)
         span.sums += mean
         self._lifted = None
-        now = self._flat({name: value.detach() for name, value in self._covered().items()})
-        return {**total, **self._split(self._position() - now.double())}
+        return {**total, **self._split(self._position() - self._now().double())}
 
     def settle(self, server: nn.Module, clock: Clock) -> None:
         if not self._spans or self._lifted is None:
             return
-        now = self._flat({name: value.detach() for name, value in self._covered().items()})
+        now = self._now()
         expected = self._position().to(now.dtype)
-        if not torch.allclose(now, expected, rtol=1e-4, atol=1e-6):
+        if not torch.allclose(now, expected, rtol=4 * torch.finfo(now.dtype).eps, atol=1e-12):  # a rounding of what was just set
             raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {"round": self._round, "seed": self._seed, "spans": [vars(span) for span in self._spans]}
+        return {"round": self._round, "seed": self._seed, "spans": [dict(vars(span)) for span in self._spans]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round, self._seed = state["round"], state["seed"]
-        self._spans = [_Span(**span) for span in state["spans"]]
+        device = next(self._model.parameters()).device
+        self._spans = [
+            _Span(
+                **{
+                    **span,
+                    "base": span["base"].to(device),
+                    "sums": span["sums"].to(device, copy=True),
+                    "names": list(span["names"]),
+                    "changed": list(span["changed"]),
+                }
+            )
+            for span in state["spans"]
+        ]
         self._maps, self._lifted = {}, None
 
     # -- helpers --------------------------------------------------------------------------------------------------
     def _covered(self) -> dict[str, Tensor]:
-        """The parameters that train now, by name."""
-        present = held(self._model).items()
+        """The parameters that train now, by name, whether or not the client at hand leaves some of them out."""
         return {
             name: value
-            for name, value in present
-            if isinstance(value, nn.Parameter) and value.requires_grad and not name.startswith(self._skip or ("\0",))
+            for name, value in self._model.named_parameters()
+            if value.requires_grad and not name.startswith(self._skip or ("\0",))
         }
+
+    def _now(self) -> Tensor:
+        """Their values, flat."""
+        return self._flat({name: self._model.get_parameter(name).detach() for name in self._spans[-1].names})
 
     def _begin_round(self, visit: Visit) -> None:
         """A new span where it is time for one, or where other parameters train now."""
@@ -241,18 +259,20 @@ class IntrinsicProjection(Plugin):
             due = self.periods_per_span is not None and visit.round // self.periods_per_span > before // self.periods_per_span
             if self._spans[-1].names == list(live) and not due:
                 return
-        base = torch.cat([value.detach().flatten() for value in live.values()])
-        if self.dim > base.numel():
-            raise ValueError(f"dim={self.dim}: {base.numel()} parameters train in this stage; give that many or fewer")
+        size = sum(value.numel() for value in live.values())
+        if self.dim > size:
+            raise ValueError(f"dim={self.dim}: {size} parameters train in this stage; give that many or fewer")
+        values = [value.detach().flatten() for value in live.values()]
+        base = values[0].new_zeros(0) if self._alone else torch.cat(values)
         sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=base.device)
         for span in self._spans:  # only their sums are needed any more, by those who were away
             span.base, span.names = base.new_zeros(0), []
-        self._spans.append(_Span(len(self._spans), list(live), base, sums, [-1] * self.subspaces))
+        self._spans.append(_Span(len(self._spans), list(live), size, base, sums, [-1] * self.subspaces))
         self._maps, self._lifted = {}, None
 
     def _map(self, span: int, which: int) -> Projection:
         if (span, which) not in self._maps:
-            size = self._spans[-1].base.numel()
+            size = self._spans[-1].size
             self._maps[span, which] = PROJECTIONS[self.projection](size, self.dim, derive(self._seed, PREFIX, span, which))
         return self._maps[span, which]
 
@@ -261,7 +281,7 @@ class IntrinsicProjection(Plugin):
         if self.subspaces == 1:
             return 0
         parts = (visit.round, visit.client) if self.draw == "client" else (visit.round,)
-        return int(torch.randint(self.subspaces, (), generator=generator(visit.seed, *parts, PREFIX)))
+        return Random(derive(visit.seed, *parts, PREFIX)).randrange(self.subspaces)
 
     def _gain(self, size: int) -> float:
         return {"projection": self.dim / size, "unbiased": 1.0}[self.gain] if isinstance(self.gain, str) else self.gain

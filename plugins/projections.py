@@ -6,12 +6,13 @@ machine and device draws the same A, from one CPU generator for each seed.
 
 from __future__ import annotations
 
-from math import sqrt
+from collections.abc import Iterator
+from random import Random
 
 import torch
 from torch import Tensor
 
-from featherlight.plugins.seeds import generator
+from featherlight.plugins.seeds import derive, generator
 
 FACTOR = 6
 """A Walsh–Hadamard transform runs as matrix products with H of up to 2**FACTOR rows; 32 to 128 are alike on a CPU."""
@@ -36,13 +37,13 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     """
     length = x.shape[-1]
     bits = length.bit_length() - 1
-    if length != 1 << bits:
+    if length < 1 or length != 1 << bits:
         raise ValueError(f"a Walsh-Hadamard transform takes 2**n numbers; got {length}: pad with zeros")
     passes = max(1, -(-bits // FACTOR))
     out, inner = x, 1
     for index in range(passes):
         size = 1 << (bits // passes + (index < bits % passes))
-        matrix = _hadamard(size).to(x)
+        matrix = _HADAMARD[size].to(x)
         if inner == 1:
             out = out.reshape(-1, size) @ matrix
         else:
@@ -96,9 +97,8 @@ class Fastfood(Projection):
         self._rows = torch.randperm(1 << (bits // 2), generator=random)
         self._columns = torch.randperm(1 << (bits - bits // 2), generator=random)
         self._normal = torch.randn(self.length, generator=random)
-        squares = float(self._normal.double().square().sum())
-        # √(D/d) / (√(L·ΣG²)·√(D/L)): D cancels
-        self._scale = 1.0 / (sqrt(dim) * sqrt(squares))
+        # √(D/d) / (√(L·ΣG²)·√(D/L)): D cancels. A tensor, since inside a prediction tensors have no values
+        self._scale = self._normal.double().square().sum().mul(dim).rsqrt()
 
     def lift(self, z: Tensor) -> Tensor:
         padded = z.new_zeros(self.length)
@@ -117,7 +117,7 @@ class Fastfood(Projection):
 
 
 class SparseSigns(Projection):
-    """One entry of ±1 in every row: parameter i adds ±z at place i + o mod d, o drawn for each block. Time O(D), one pass over memory.
+    """One entry of ±1 in every row: parameter i adds ±z at place i − o mod d, o drawn for each block. Time O(D), one pass over memory.
 
     Two rows meet in one place with independent signs, so E[A·Aᵀ] = I; what meets there does not come apart again, as in a count sketch
     with one row.
@@ -127,8 +127,8 @@ class SparseSigns(Projection):
         self._check(z, self.dim)
         out = z.new_empty(self.size)
         for start, stop, signs, offset in self._blocks():
-            part = out[start:stop]
-            torch.mul(z.roll(offset).repeat(-(-len(part) // self.dim))[: len(part)], signs.to(z), out=part)
+            rolled = z.roll(offset).repeat(-(-(stop - start) // self.dim))[: stop - start]
+            out[start:stop] = rolled * signs.to(z)
         return out
 
     def project(self, g: Tensor) -> Tensor:
@@ -142,28 +142,29 @@ class SparseSigns(Projection):
             z += total.roll(-offset)
         return z
 
-    def _blocks(self):  # type: ignore[no-untyped-def]
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor, int]]:
+        """Of each block: where it starts and stops, its signs, its offset."""
+        offsets = Random(derive(self.seed, "offsets", self.size, self.dim))
         random = generator(self.seed, "sparse signs", self.size, self.dim)
         step = max(BLOCK // self.dim, 1) * self.dim
         for start in range(0, self.size, step):
             stop = min(start + step, self.size)
-            offset = int(torch.randint(self.dim, (), generator=random))
             packed = torch.randint(0, 256, (-(-(stop - start) // 8),), generator=random, dtype=torch.uint8)
-            yield start, stop, _SIGNS[packed.int()].view(-1)[: stop - start], offset
+            yield start, stop, _SIGNS[packed.int()].view(-1)[: stop - start], offsets.randrange(self.dim)
 
 
 _SIGNS = torch.tensor([[1.0 - 2.0 * ((byte >> bit) & 1) for bit in range(8)] for byte in range(256)])
-_MATRICES: dict[int, Tensor] = {}
 
 
-def _hadamard(size: int) -> Tensor:
-    """H, (size, size)."""
-    if size not in _MATRICES:
-        matrix = torch.ones(1, 1)
-        while len(matrix) < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        _MATRICES[size] = matrix
-    return _MATRICES[size]
+def _hadamard(bits: int) -> Tensor:
+    """H, (2**bits, 2**bits)."""
+    matrix = torch.ones(1, 1)
+    for _ in range(bits):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+_HADAMARD = {1 << bits: _hadamard(bits) for bits in range(FACTOR + 1)}
 
 
 PROJECTIONS: dict[str, type[Projection]] = {"fastfood": Fastfood, "sparse_signs": SparseSigns}
