@@ -126,13 +126,14 @@ class IntrinsicProjection(Plugin):
 
     def visit(self, visit: Visit) -> None:
         self._visit = visit
+        if self._each_step:
+            self._begin_round(visit)
+            self._map(self._spans[-1].number, self._which(visit))  # before the steps, whose memory is measured
 
     def after_backward(self, clock: Clock) -> None:
         """An optimizer step comes next: where the parameters are now is where it starts from."""
-        if self._alone or self.space == "subspace":
-            self._begin_round(self._visit)
-            if self._before is None:  # the first of several optimizers
-                self._before = self._now()
+        if self._each_step and self._before is None:  # the first of several optimizers
+            self._before = self._now()
 
     def after_step(self, clock: Clock) -> None:
         """What the optimizer changed becomes its part in the subspace."""
@@ -234,6 +235,10 @@ class IntrinsicProjection(Plugin):
         self._maps, self._lifted = {}, None
 
     # -- helpers --------------------------------------------------------------------------------------------------
+    @property
+    def _each_step(self) -> bool:
+        return self._alone or self.space == "subspace"
+
     def _covered(self) -> dict[str, Tensor]:
         """The parameters that train now, by name, whether or not the client at hand leaves some of them out."""
         return {

@@ -1,0 +1,221 @@
+"""Training in a subspace under a Trainer: where weights go, what stays, and a run that is resumed."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from featherlight.callbacks import IntrinsicProjection, LayerFreezing
+from featherlight.plugins.projections import PROJECTIONS
+from featherlight.plugins.seeds import derive
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+}
+
+
+def dense(size, dim, span=0, kind="fastfood", seed=0):
+    projection = PROJECTIONS[kind](size, dim, derive(seed, "intrinsic", span, 0))
+    return torch.stack([projection.lift(unit) for unit in torch.eye(dim, dtype=torch.float64)], 1)
+
+
+def flat(values):
+    return torch.cat([value.detach().flatten() for value in values]).double()
+
+
+def outside(moved, a):
+    """Share of ``moved`` that is not in the range of ``a``."""
+    inside = a @ torch.linalg.lstsq(a, moved[:, None]).solution[:, 0]
+    return float((moved - inside).norm() / moved.norm())
+
+
+class Moves(pl.Callback):
+    """Parameters after every batch, with the epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = flat(pl_module.parameters())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, flat(pl_module.parameters())))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}], ids=["plain", "accumulated, clipped"])
+@pytest.mark.parametrize("kind", PROJECTIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_stay_in_the_subspace(optimizer, kind, options, toy, loader, make_trainer):
+    model, moves = toy(optimizer=OPTIMIZERS[optimizer]), Moves()
+    make_trainer(IntrinsicProjection(dim=30, projection=kind, seed=3), moves, **options).fit(model, loader)
+    a = dense(len(moves.start), 30, kind=kind, seed=3)
+    assert len(moves.seen) == 9
+    steps = {tuple(values.tolist()) for _, values in moves.seen}
+    assert len(steps) == (6 if options else 9)
+    for _, values in moves.seen:
+        moved = values - moves.start
+        if float(moved.norm()):
+            assert outside(moved, a) < 1e-3
+    assert outside(torch.randn_like(moved), a) > 0.9
+
+
+def test_one_step_by_hand(toy, loader, make_trainer):
+    """θ − γ·lr·A·Aᵀ·g of plain SGD, γ = d/D."""
+    model, plain = (toy(optimizer=lambda p: torch.optim.SGD(p, 0.1)) for _ in range(2))
+    start = flat(model.parameters())
+    make_trainer(IntrinsicProjection(dim=40), max_steps=1).fit(model, loader)
+    make_trainer(max_steps=1).fit(plain, loader)
+    a = dense(len(start), 40)
+    wanted = start + 40 / len(start) * a @ (a.T @ (flat(plain.parameters()) - start))
+    torch.testing.assert_close(flat(model.parameters()), wanted, rtol=1e-5, atol=1e-6)
+    for name, value in plain.named_buffers():
+        assert torch.equal(model.get_buffer(name), value), name
+
+
+def test_a_span_is_a_subspace(toy, loader, make_trainer):
+    """Epochs 0 and 1 in one subspace, epoch 2 in another."""
+    model, moves = toy(), Moves()
+    make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), moves).fit(model, loader)
+    first, second = (dense(len(moves.start), 20, span) for span in (0, 1))
+    assert outside(moves.seen[5][1] - moves.start, first) < 1e-3
+    later = moves.seen[8][1] - moves.seen[5][1]
+    assert outside(later, second) < 1e-3
+    assert outside(later, first) > 0.5
+
+
+def test_frozen_things_stay(toy, loader, make_trainer):
+    model = toy()
+    model.encoder.stem.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    make_trainer(IntrinsicProjection(dim=20)).fit(model, loader)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == name.startswith("encoder.stem"), name
+
+
+def test_with_layer_freezing(toy, loader, make_trainer, snapshots):
+    """A stage's own subspace: what is frozen or not there yet does not move."""
+    model = toy()
+    states = [{name: value.clone() for name, value in model.state_dict().items()}]
+    make_trainer(snapshots, IntrinsicProjection(dim=20), LayerFreezing(blocks="encoder.blocks.*")).fit(model, loader)
+    states += snapshots.states
+    for stage in range(3):
+        trained = ("head", f"encoder.blocks.{stage}", *(["encoder.stem"] if stage == 0 else []))
+        names = [name for name, _ in model.named_parameters() if name.startswith(trained)]
+        before, after = states[stage], states[stage + 1]
+        for name, _ in model.named_parameters():
+            assert torch.equal(before[name], after[name]) == (name not in names), (stage, name)
+        moved = flat(after[name] for name in names) - flat(before[name] for name in names)
+        assert outside(moved, dense(len(moved), 20, stage)) < 1e-3
+
+
+def test_momentum_copies_are_no_part_of_it(byol, loader, make_trainer):
+    model = byol()
+    make_trainer(IntrinsicProjection(dim=20)).fit(model, loader)
+    assert not torch.equal(model.target.stem[0].weight, model.encoder.stem[0].weight)
+    assert not any(parameter.requires_grad for parameter in model.target.parameters())
+
+
+def test_an_ordinary_model_afterwards(toy, loader, make_trainer, same_state):
+    """Detached: the next run of the module trains all of it, as another module of the same weights does."""
+    model, other = toy(), toy()
+    keys = list(model.state_dict())
+    make_trainer(IntrinsicProjection(dim=10)).fit(model, loader)
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    other.load_state_dict(model.state_dict())
+    for one in (model, other):
+        make_trainer(max_epochs=1).fit(one, loader)
+    same_state(model.state_dict(), other.state_dict())
+
+
+def test_a_callback_used_again_begins_anew(toy, loader, make_trainer, same_state):
+    callback, one, other = IntrinsicProjection(dim=10, periods_per_span=1), toy(), toy()
+    make_trainer(callback).fit(toy(blocks=2), loader)
+    make_trainer(callback).fit(one, loader)
+    make_trainer(IntrinsicProjection(dim=10, periods_per_span=1)).fit(other, loader)
+    same_state(one.state_dict(), other.state_dict())
+
+
+def test_several_subspaces_are_refused():
+    with pytest.raises(ValueError, match="subspaces=2: on one machine there is one client"):
+        IntrinsicProjection(dim=10, subspaces=2)
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+class SaveAlways(pl.Callback):
+    """A checkpoint after every batch and every epoch."""
+
+    def __init__(self, folder):
+        self.folder, self.paths = folder, []
+
+    def save(self, trainer, name):
+        self.paths.append(self.folder / f"{trainer.current_epoch}-{name}.ckpt")
+        trainer.save_checkpoint(self.paths[-1])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.save(trainer, f"batch-{batch_idx}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "end")
+
+
+class Loader:
+    """Batches of four in a fixed order; knows where it is."""
+
+    def __init__(self, loader):
+        self.batches, self.position = list(loader), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start, self.position = self.position % len(self), self.position % len(self)
+        for batch in self.batches[start:]:
+            self.position += 1
+            yield batch
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+METHODS = {
+    "static": lambda: [IntrinsicProjection(dim=20)],
+    "time-varying": lambda: [IntrinsicProjection(dim=20, periods_per_span=2, projection="sparse_signs")],
+    "layer-wise": lambda: [IntrinsicProjection(dim=20), LayerFreezing(blocks="encoder.blocks.*")],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_uninterrupted(method, toy, loader, make_trainer, same_state, tmp_path):
+    """After every batch and at every epoch's end; which subspace comes next depends on how many there were."""
+    saving, whole = SaveAlways(tmp_path), toy()
+    make_trainer(*METHODS[method](), saving).fit(whole, Loader(loader))
+    assert len(saving.paths) == 12
+    for path in saving.paths[1:-1:2]:
+        resumed = toy()
+        make_trainer(*METHODS[method]()).fit(resumed, Loader(loader), ckpt_path=path)
+        same_state(resumed.state_dict(), whole.state_dict())
+
+
+def test_saved_after_training_and_gone_on_with(toy, loader, make_trainer, same_state, tmp_path):
+    whole, rest = toy(), toy()
+    make_trainer(*METHODS["time-varying"]()).fit(whole, loader)
+    first = make_trainer(*METHODS["time-varying"](), max_epochs=2)
+    first.fit(toy(), loader)
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    make_trainer(*METHODS["time-varying"]()).fit(rest, loader, ckpt_path=tmp_path / "after.ckpt")
+    same_state(rest.state_dict(), whole.state_dict())
+
+
+def test_a_checkpoint_holds_no_second_model(toy, loader, make_trainer, tmp_path):
+    """Plain data, the module's own keys, and of the subspaces a few numbers for each dimension."""
+    trainer = make_trainer(IntrinsicProjection(dim=5), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1, enable_checkpointing=True)
+    trainer.fit(toy(), loader)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == toy().state_dict().keys()
+    (state,) = checkpoint["featherlight"]["state"].values()
+    assert sum(value.numel() for span in state["spans"] for value in span.values() if isinstance(value, torch.Tensor)) <= 5
