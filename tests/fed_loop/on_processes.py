@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from featherlight.fed_loop import Federation, Momentum
-from featherlight.plugins import DepthDropout, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
 
 
 def load(name):
@@ -44,6 +44,14 @@ def sampled(toys, settings):
     """Clients in smaller modules of two sizes, blocks frozen besides."""
     plugins = [PrismSampling({0.3: 0.5, 0.6: 0.5}, layers="blocks.*"), LayerFreezing("blocks.*", periods_per_stage=2)]
     return Federation(4, cohort=3, clip=5.0, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
+
+
+def projected(toys, settings):
+    """Two subspaces of which clients draw, anew every two rounds, blocks left out besides, a client rejected."""
+    data = toys.Points([10, 3, 14, 6])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [IntrinsicProjection(20, subspaces=2, periods_per_span=2), DepthDropout("blocks.*")]
+    return Federation(4, seed=3, **settings), toys.Net(), data, plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

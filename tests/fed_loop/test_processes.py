@@ -27,7 +27,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled"])])
+@pytest.mark.parametrize(
+    ("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "projected"])]
+)
 def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # threads are the run's own to choose
     done = subprocess.run([*LAUNCHERS[launcher], tmp_path, "2", *names], capture_output=True, text=True, timeout=300, env=free)
@@ -38,4 +40,4 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
-        assert sum(row["rejected"] for row in figures[0]) == (4 if name == "growing" else 0)
+        assert sum(row["rejected"] for row in figures[0]) == (4 if name in ("growing", "projected") else 0)
