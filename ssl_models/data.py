@@ -6,6 +6,7 @@ kNN and linear probes. Batches are drawn as :mod:`~featherlight.ssl_models.batch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -20,10 +21,11 @@ from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.partitions import IID, Natural, Partition
-from featherlight.ssl_models.pictures import UnreadableImage, moments
+from featherlight.ssl_models.pictures import Files, first_size, moments
 from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, read
 from featherlight.ssl_models.views import Views
 
+log = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
 
 
@@ -116,15 +118,14 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        try:
-            picture = self._loaded.train.images.take(torch.tensor([0]))
-        except UnreadableImage:
-            if not self.skip_unreadable:
-                raise
-            picture = self._train.images.take(torch.tensor([0]))
-        _, channels, height, width = picture.shape
-        return channels, self.image_size or height, self.image_size or width
+        """(C, H, W), from one picture: the others are not read for it."""
+        images = self._loaded.train.images
+        if isinstance(images, Files):
+            channels, size = 3, (self.image_size, self.image_size) if self.image_size else first_size(images, self.skip_unreadable)
+        else:
+            _, channels, height, width = images.take(torch.tensor([0])).shape
+            size = self.image_size or height, self.image_size or width
+        return channels, *size
 
     @property
     def num_clients(self) -> int:
@@ -282,8 +283,9 @@ class ImageData(LightningDataModule):
         """For each client the images it trains on, and those it keeps for evaluation."""
         labels, owners = self._listed.labels, self._listed.owners
         count = self._num_clients
-        if isinstance(self.partition, Natural) and owners is not None and count == 1:
-            count = len(set(owners))
+        if isinstance(self.partition, Natural) and owners is not None:
+            _tell_of_empty(self._loaded.clients, set(owners))
+            count = len(set(owners)) if count == 1 else count
         if count == 1:
             parts = [torch.arange(len(labels))]
         else:
@@ -338,6 +340,14 @@ def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         mine = order[labels[order] == label]
         held[mine[: round(fraction * len(mine))]] = True
     return held.nonzero().flatten(), (~held).nonzero().flatten()
+
+
+def _tell_of_empty(clients: Sequence[str], owners: set[str]) -> None:
+    """Name the clients who own no training image, and so are not in the federation."""
+    empty = [name for name in clients if name not in owners]
+    if empty:
+        named = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+        log.warning("%d of %d client folders have no training image and are left out: %s", len(empty), len(clients), named)
 
 
 def _check_sizes(clients: Sequence[Tensor], plan: Plan) -> None:
