@@ -57,7 +57,8 @@ class ImageData(LightningDataModule):
         seed: what partition, limit and validation part are drawn from, and the Trainer's batches.
         num_workers: processes that prepare batches.
         skip_unreadable: leave out images that cannot be read, and say how many, instead of stopping.
-        drop_last: leave out a client's last batch where it is not full and not the only one; None: with two views.
+        drop_last: leave out a client's last batch where it is not full and not the only one. None: with two views; with one view, where
+            that batch has a single image, which batch norm cannot train on. False: train on every image.
         in_memory_bytes: data sets up to this size are decoded once and kept in memory; larger ones are decoded batch by batch.
 
     Raises:
@@ -108,7 +109,7 @@ class ImageData(LightningDataModule):
         self.client_val_fraction, self.val_fraction, self.test_fraction = client_val_fraction, val_fraction, test_fraction
         self.limit_train, self.seed, self.num_workers = limit_train, seed, num_workers
         self.skip_unreadable, self.in_memory_bytes = skip_unreadable, in_memory_bytes
-        self.plan = Plan(batch_size, views == 2 if drop_last is None else drop_last, at_least=views)
+        self.plan = Plan(batch_size, True if drop_last is None and views == 2 else drop_last, at_least=views)
         self._num_clients = num_clients
 
     # -- what the data are ----------------------------------------------------------------------------------------
