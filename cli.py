@@ -62,15 +62,24 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if _debugging() or not any(kind.__name__ in EXPECTED for kind in type(error).__mro__):
+        if not expected(error):
             raise
-        fail(str(error) or type(error).__name__)
+        fail(one_line(error))
+
+
+def expected(error: Exception) -> bool:
+    """Whether a user can have caused ``error``, so that one line tells it."""
+    return not _debugging() and any(kind.__name__ in EXPECTED for kind in type(error).__mro__)
+
+
+def one_line(error: Exception) -> str:
+    """What ``error`` says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def fail(message: str) -> None:
     """One line on standard error, and exit code 2."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    print(f"featherlight: error: {' '.join(lines)}", file=sys.stderr)
+    print(f"featherlight: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
