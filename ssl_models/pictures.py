@@ -22,7 +22,7 @@ BAR_AFTER = 2.0
 
 
 BROKEN = (
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What PIL's decoders raise for files that are damaged or are no pictures."""
