@@ -73,8 +73,10 @@ def expected(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What ``error`` says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What ``error`` says, without line breaks, and without what jsonargparse wraps around it."""
+    from featherlight.commands.innermost import innermost
+
+    return innermost(str(error)) or type(error).__name__
 
 
 def fail(message: str) -> None:

@@ -47,10 +47,18 @@ class Run:
         self.report = report
         self.targets = find_targets(module)
         self.blank = chain.anew()
-        chain.attach(module)
+        with self.processes.together():
+            chain.attach(module)
 
     def begin(self) -> None:
         """Set the model up; from here on :meth:`close` leaves it an ordinary module."""
+        with self.processes.together():
+            self._set_up()
+        self.processes.from_first(self.server.values())
+        with self.processes.together():
+            self._check()
+
+    def _set_up(self) -> None:
         settings, module, data = self.settings, self.module, self.data
         fabric = self.processes.fabric
         limit = None if settings.clip is None else partial(fabric.clip_gradients, max_norm=settings.clip, error_if_nonfinite=False)
@@ -61,11 +69,19 @@ class Run:
         self.clients = Clients(fabric, self.trainees, data)
         self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
-        self.processes.from_first(self.server.values())
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
         self.ledger = Ledger(settings.resend)
         self.result = Result()
         self.sizes = data.client_sizes()
+
+    def _check(self) -> None:
+        """What would fail later is better found now.
+
+        Raises:
+            ValueError: data, model and settings do not fit together.
+        """
+        settings, data = self.settings, self.data
+        sample(data.num_clients, settings.cohort, settings.seed, 0)  # are there as many clients as are asked for?
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
@@ -79,7 +95,8 @@ class Run:
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:
         saved = SavedState(self)
-        done = saved.resume() if resume else saved.start_clean()
+        with self.processes.together():
+            done = saved.resume() if resume else saved.start_clean()
         self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
         with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
             for round in range(done, self.settings.rounds):
