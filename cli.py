@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     if command not in COMMANDS:
         fail(f"there is no command {command!r}; commands: {', '.join(COMMANDS)}")
     module = "lightning_run" if command in ("fit", "validate", "test") else command
+    if "-h" in rest or "--help" in rest:
+        print("finding all options takes some seconds", file=sys.stderr, flush=True)  # Lightning alone takes most of them
     try:
         run: Callable[[str, list[str]], None] = import_module(f"featherlight.commands.{module}").run
         run(command, rest)

@@ -156,7 +156,9 @@ def test_probes_judge_the_loaded_checkpoint(command: str, capsys: pytest.Capture
 
 def test_help_of_fit_tells_of_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "--help") == 0
-    assert "--resume" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "--resume" in told.out
+    assert "finding all options takes some seconds" in told.err
 
 
 @pytest.mark.parametrize("words", [["-c", "a/way.yaml"], ["-c=a/way.yaml"], ["--config=a/way.yaml"], ["--config", "a/way.yaml"]])
