@@ -205,7 +205,11 @@ def test_print_config_shows_every_default(config: Path, capsys: pytest.CaptureFi
     assert "local_epochs: 1" in told
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    sorted([*REPOSITORY.glob("configs/*/*.yaml"), REPOSITORY / "configs/prism_resnet18.yaml"]),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_every_configuration_we_ship_is_understood(path: Path) -> None:
     from featherlight.commands.parsing import Parts, federated_parser, parse
 
