@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     if command not in COMMANDS:
         fail(f"there is no command {command!r}; commands: {', '.join(COMMANDS)}")
     module = "lightning_run" if command in ("fit", "validate", "test") else command
+    if "-h" in rest or "--help" in rest:
+        print("finding all options takes some seconds", file=sys.stderr, flush=True)  # Lightning alone takes most of them
     try:
         run: Callable[[str, list[str]], None] = import_module(f"featherlight.commands.{module}").run
         run(command, rest)
@@ -62,15 +64,26 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if _debugging() or not any(kind.__name__ in EXPECTED for kind in type(error).__mro__):
+        if not expected(error):
             raise
-        fail(str(error) or type(error).__name__)
+        fail(one_line(error))
+
+
+def expected(error: Exception) -> bool:
+    """Whether a user can have caused ``error``, so that one line tells it."""
+    return not _debugging() and any(kind.__name__ in EXPECTED for kind in type(error).__mro__)
+
+
+def one_line(error: Exception) -> str:
+    """What ``error`` says, without line breaks, and without what jsonargparse wraps around it."""
+    from featherlight.commands.innermost import innermost
+
+    return innermost(str(error)) or type(error).__name__
 
 
 def fail(message: str) -> None:
     """One line on standard error, and exit code 2."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    print(f"featherlight: error: {' '.join(lines)}", file=sys.stderr)
+    print(f"featherlight: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

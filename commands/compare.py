@@ -9,13 +9,16 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.markup import escape
 
+from featherlight.cli import expected, one_line
 from featherlight.commands.folders import folder_for
 from featherlight.commands.parsing import is_federated, parse
 from featherlight.commands.tables import comparison_table
@@ -23,7 +26,11 @@ from featherlight.fed_loop.whole_files import write_text
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Run ``featherlight compare ARGUMENTS``."""
+    """Run ``featherlight compare ARGUMENTS``.
+
+    Raises:
+        ValueError: nothing to compare, or runs that failed; the comparison of the others is written first.
+    """
     parser = ArgumentParser(
         prog="featherlight compare",
         description="Run each configuration and compare them. Writes comparison.json, comparison.csv and comparison.png.",
@@ -41,7 +48,10 @@ def run(command: str, arguments: list[str]) -> None:
     out = Path(config.out) if config.out else folder_for(name, config.resume)
     if out.exists() and any(out.iterdir()) and not config.resume:
         raise ValueError(f"{out} is not empty; go on with it by --resume, or give another folder with --out")
-    compare(files, out, config.resume, Console())
+    runs = compare(files, out, config.resume, Console())
+    if failed := [run for run in runs if "failed" in run]:
+        names = ", ".join(run["name"] for run in failed)
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed ({names}); why is told above and in comparison.json")
 
 
 def find(paths: list[str]) -> list[Path]:
@@ -65,42 +75,73 @@ def find(paths: list[str]) -> list[Path]:
 
 
 def compare(files: list[Path], out: Path, resume: bool, console: Console) -> list[dict[str, Any]]:
-    """Run ``files`` one after the other, each in a folder of its own below ``out``, and write the comparison."""
+    """Run ``files`` one after the other, each in a folder of its own below ``out``, and write the comparison.
+
+    Returns:
+        An entry a run, as in ``comparison.json``; that of a run that failed says why in ``failed``, and has no metrics.
+    """
     for file in files:
         _finished(file, out / file.stem, resume)  # changed since? say so before the first run starts
     runs = []
     for number, file in enumerate(files, 1):
         console.print(f"[bold]{number}/{len(files)} {file.stem}")
-        runs.append(_one(file, out / file.stem, resume))
+        try:
+            runs.append(_one(file, out / file.stem, resume))
+        except Exception as error:
+            if not expected(error):
+                raise
+            runs.append(_failed(file, out / file.stem, error))
+            console.print(f"[red]{file.stem} failed[/]: {escape(runs[-1]['failed'])}", highlight=False)
     content = {"runs": runs}
     write_text(out / "comparison.json", json.dumps(content, indent=2))
     _write_csv(out / "comparison.csv", runs)
     from featherlight.commands.picture import draw
 
-    draw(runs, out / "comparison.png")
+    if good := [run for run in runs if "failed" not in run]:
+        draw(good, out / "comparison.png")
     console.print(comparison_table(runs))
-    console.print(f"written: {out / 'comparison.png'}, comparison.json, comparison.csv", highlight=False)
+    drawn = "comparison.png, " if good else ""
+    console.print(f"written to {out}: {drawn}comparison.json, comparison.csv", highlight=False)
     return runs
 
 
 def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
     if (kept := _finished(file, folder, resume)) is not None:
         return kept
-    digest = _digest(file)
+    told: dict[str, Any]
     if _processes(file) not in (1, "1", None):
-        cost, metrics = _in_a_process_of_its_own(file, folder, resume)
+        told = _in_a_process_of_its_own(file, folder, resume)
     elif is_federated(file):
-        from featherlight.commands.federate import federate
+        from featherlight.commands.federate import check_learned, federate
 
         result, _, _ = federate(["-c", str(file), f"--federation.folder={folder}"], resume=resume)
-        cost, metrics = result.cost.total(), result.metrics
+        check_learned(result.turns, result.rejected)
+        told = {"cost": result.cost.total(), "metrics": result.metrics, "turns": result.turns, "rejected": result.rejected}
     else:
         from featherlight.commands.lightning_run import fit
 
         cost, metrics = fit(["-c", str(file)], folder, resume)
-    entry = {"name": file.stem, "config": str(file), "digest": digest, "cost": cost, "metrics": metrics}
+        told = {"cost": cost, "metrics": metrics}
+    entry = {**_identity(file), **told}
     write_text(folder / "run.json", json.dumps(entry, indent=2))
     return entry
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    return {"name": file.stem, "config": str(file), "digest": _digest(file)}
+
+
+def _failed(file: Path, folder: Path, error: Exception) -> dict[str, Any]:
+    """The entry of a run that failed: what it had measured by then, and why. It is not kept as finished."""
+    entry = {**_identity(file), "cost": {}, "metrics": {}, "failed": one_line(error)}
+    for name, take in (("cost.json", lambda told: {"cost": told["total"]}), ("result.json", _counts)):
+        with suppress(OSError, ValueError, KeyError):
+            entry |= take(json.loads((folder / name).read_text()))
+    return entry
+
+
+def _counts(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: told[name] for name in ("turns", "rejected")}
 
 
 def _processes(file: Path) -> object:
@@ -109,7 +150,7 @@ def _processes(file: Path) -> object:
     return (content.get("federation") or content.get("trainer") or {}).get("devices")
 
 
-def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> tuple[dict[str, float], dict[str, float]]:
+def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
     """A run that starts further processes starts its own command again in them: that must be this run, not the comparison.
 
     Raises:
@@ -117,15 +158,20 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> tuple[di
     """
     if not is_federated(file):
         raise ValueError(f"{file} trains on several devices; run it with featherlight fit, compare takes one device for a Trainer")
+    from featherlight.commands.federate import check_learned
+
     command = [sys.executable, "-m", "featherlight", "federate", "-c", str(file), f"--federation.folder={folder}"]
     done = subprocess.run([*command, *(["--resume"] if resume else [])], check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
+    if done.returncode and (folder / "result.json").exists():
+        check_learned(**_counts(json.loads((folder / "result.json").read_text())))
     if done.returncode:
         raise ValueError(f"the run of {file} ended with exit code {done.returncode}, see above")
     cost = json.loads((folder / "cost.json").read_text())["total"]
-    metrics = json.loads((folder / "result.json").read_text())["metrics"]
-    return cost, {name: math.nan if value is None else value for name, value in metrics.items()}
+    result = json.loads((folder / "result.json").read_text())
+    metrics = {name: math.nan if value is None else value for name, value in result["metrics"].items()}
+    return {"cost": cost, "metrics": metrics, **_counts(result)}
 
 
 def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -153,7 +199,8 @@ def _digest(file: Path) -> str:
 
 
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
-    rows = [{"name": run["name"], "config": run["config"], **run["cost"], **run["metrics"]} for run in runs]
+    told = ("name", "config", "failed", "turns", "rejected")
+    rows = [{**{name: run[name] for name in told if name in run}, **run["cost"], **run["metrics"]} for run in runs]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()

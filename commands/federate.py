@@ -20,15 +20,34 @@ from featherlight.fed_loop.whole_files import write_text
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Run ``featherlight federate ARGUMENTS``."""
+    """Run ``featherlight federate ARGUMENTS``.
+
+    Raises:
+        ValueError: nothing was learned; what was measured is told and written first.
+    """
     resume = "--resume" in arguments
     arguments = [argument for argument in arguments if argument != "--resume"]
     result, folder, first = federate(arguments, resume=resume)
     if first:
         console = Console()
         console.print(cost_table(result.cost, "cost of one client in one round, by stage; total: of a client in every round"))
-        console.print(metrics_line(result.metrics))
+        learned = result.rejected < result.turns
+        if learned:
+            console.print(metrics_line(result.metrics))
+        if result.rejected and learned:
+            console.print(f"[yellow]{result.rejected} of {result.turns} updates rejected[/]; metrics.jsonl tells in which rounds")
         console.print(f"written to {folder}", highlight=False)
+        check_learned(result.turns, result.rejected)
+
+
+def check_learned(turns: int, rejected: int) -> None:
+    """Figures of a model that no update has changed are figures of its initial weights.
+
+    Raises:
+        ValueError: every update was rejected.
+    """
+    if turns and rejected == turns:
+        raise ValueError(f"all {turns} updates were rejected, so nothing was learned: lower the learning rate, or clip gradients")
 
 
 def federate(arguments: list[str], resume: bool = False, folder: Path | None = None) -> tuple[Result, Path | None, bool]:

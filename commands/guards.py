@@ -59,4 +59,4 @@ def _advice(trainer: pl.Trainer) -> str:
     ]
     good = next((path for path in saved if path and Path(path).exists()), None)
     left = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-    return f"lower the learning rate, warm it up, or clip gradients (--trainer.gradient_clip_val 1); {left}"
+    return f"start anew with a lower learning rate, a warm-up, or clipped gradients (--trainer.gradient_clip_val 1); {left}"

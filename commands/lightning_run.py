@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.logging_ends import ended
 from featherlight.commands.tables import metrics_line
-from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run
+from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run, existing, read_newest
+from featherlight.fed_loop.checkpoint import set_aside
 from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import CostTable
 from featherlight.ssl_models.probes import Probe
@@ -91,7 +96,7 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
 
     Args:
         folder: where to write; by default runs/NAME, numbered.
-        resume: go on from the last checkpoint in that folder, if there is one.
+        resume: go on from the newest checkpoint in that folder, if there is one.
 
     Returns:
         The cost's total, and the probes' figures.
@@ -102,20 +107,14 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
     placed = [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={checkpoints}"]
     cli = _make("fit", [*arguments, *placed], run=False)
     probes = cli._get(cli.config_init, "probes") if hasattr(cli, "config_init") else []
-    last = checkpoints / "last.ckpt"
-    start = str(last) if resume and last.exists() else None
-    if start is not None:
-        check_readable(last)
-        check_same_run(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
+    start = _go_on_from(checkpoints, cli) if resume else None
     if probes and cli.trainer.is_global_zero:  # what would fail at the end is better found now
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
         for probe in probes:
             probe.check(cli.datamodule)
-    with ended(cli.trainer.loggers):
+    with ended(cli.trainer.loggers), _interrupts_told(cli.trainer, checkpoints):
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt
     monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
     metrics: dict[str, float] = {}
     if cli.trainer.is_global_zero:
@@ -124,6 +123,41 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
         write_text(folder / "cost.json", json.dumps(monitor.table.to_json(), indent=2))
         write_text(folder / "result.json", json.dumps({"metrics": metrics}, indent=2))
     return monitor.table.total(), metrics
+
+
+def _go_on_from(checkpoints: Path, cli: Any) -> Path | None:
+    """The newest checkpoint that can be read; what else is found there, a person is told."""
+    path, damaged = read_newest(checkpoints)
+    if path is not None:
+        check_same_run(checkpoints.parent / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
+    if not cli.trainer.is_global_zero:
+        return path
+    for other, why in damaged.items():
+        print(f"{why}; set aside as {set_aside(other).name}", file=sys.stderr)
+    told = f"there is no checkpoint in {checkpoints}: starting anew" if path is None else f"going on from {path}"
+    print(told, file=sys.stderr)
+    return path
+
+
+@contextmanager
+def _interrupts_told(trainer: Trainer, checkpoints: Path) -> Iterator[None]:
+    """Lightning leaves by ``sys.exit(1)`` after Ctrl-C, and is deaf to the next one; we say how to go on.
+
+    Raises:
+        KeyboardInterrupt: in place of that exit.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, before)
+        if trainer.is_global_zero:
+            path = next(iter(existing(checkpoints)), None)
+            left = f"the newest checkpoint is {path}. Start again with --resume to go on." if path else "no checkpoint was written yet."
+            print(f"interrupted; {left}", file=sys.stderr)
+        raise KeyboardInterrupt from None
 
 
 def predict_fit(arguments: list[str]) -> CostTable:

@@ -16,6 +16,7 @@ import featherlight.ssl_models.classifier
 import featherlight.ssl_models.data
 import featherlight.ssl_models.moco_v3
 import featherlight.ssl_models.simclr  # noqa: F401  imported, so that configurations may name the classes without their modules
+from featherlight.commands.innermost import innermost
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
 from featherlight.plugins.seeds import derive
@@ -120,7 +121,10 @@ class Parts:
         only = Namespace(**{name: self._config[name]})
         single = ArgumentParser(exit_on_error=False)
         _add_one(single, name)
-        return single.instantiate_classes(only)[name]
+        try:
+            return single.instantiate_classes(only)[name]
+        except ValueError as error:
+            raise ValueError(f"{name}: {innermost(str(error))}") from error
 
 
 def _add_one(parser: ArgumentParser, name: str) -> None:

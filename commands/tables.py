@@ -37,11 +37,19 @@ def comparison_table(runs: list[dict[str, Any]]) -> Table:
     for run in runs:
         table.add_column(run["name"].replace("_", " "), justify="right")
     for name in [name for name in HEADINGS if name not in ("stage", "rounds")]:
-        table.add_row(HEADINGS[name], *(readable(name, run["cost"][name]) for run in runs))
+        table.add_row(HEADINGS[name], *(readable(name, run["cost"][name]) if name in run["cost"] else "" for run in runs))
+    if any(run.get("rejected") for run in runs):
+        table.add_row("rejected", *(f"{run['rejected']} of {run['turns']}" if "turns" in run else "" for run in runs), style="yellow")
     table.add_section()
-    for name in metrics:
-        table.add_row(name, *(f"{run['metrics'][name]:.1%}" if name in run["metrics"] else "" for run in runs), style="bold")
+    for name in metrics or (["result"] if any("failed" in run for run in runs) else []):
+        table.add_row(name, *(_score(run, name) for run in runs), style="bold")
     return table
+
+
+def _score(run: Mapping[str, Any], name: str) -> str:
+    if "failed" in run:
+        return "[red]failed"
+    return f"{run['metrics'][name]:.1%}" if name in run["metrics"] else ""
 
 
 def _table(title: str) -> Table:

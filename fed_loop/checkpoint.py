@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -99,24 +100,13 @@ def read_plain(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
     except Exception as error:  # whatever damaged bytes make of an unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         raise ValueError(f"checkpoint {path} cannot be read: damaged, or not tensors and plain data alone ({reason})") from error
 
 
-def check_same_run(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse to go on from a run of another configuration.
-
-    Raises:
-        ValueError: names the first setting that differs, with both values.
-    """
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"checkpoint {path} is of another run: {name} was {before.get(name)}, now {now.get(name)}; "
-                "use the same configuration, or another folder"
-            )
-
-
-def digest(value: Any) -> str:
-    """A short fingerprint of plain data."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+def _reason(error: Exception) -> str:
+    """In our words where it is code that torch refuses: torch's own go on to say how to run it."""
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it asks for {named[1]}, which is code" if named else "its pickle holds something else"
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,8 @@ different sizes take different numbers of steps, and gradients of different clie
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,28 @@ class Processes:
     def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over processes."""
         return value if self.size == 1 else self._outer.all_reduce(value, reduce_op="sum")  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What all processes do or none: where one fails, the first raises and so tells of it, once; the others leave without a word.
+
+        Raises:
+            ValueError: in the first process, where only another failed; else what went wrong in the first itself.
+            SystemExit: in the others.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        told = self.gather("" if failed is None else str(failed) or type(failed).__name__)
+        if not any(told):
+            return
+        if self.rank:
+            raise SystemExit(0) from failed  # a code of its own would have the launcher kill the first, which gives the run's
+        if failed is not None:
+            raise failed
+        raise ValueError(next(f"process {rank}: {text}" for rank, text in enumerate(told) if text))
 
     def from_first(self, values: Iterable[Tensor]) -> None:
         """Make ``values`` the first process's, in place, bit for bit."""

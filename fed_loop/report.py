@@ -111,7 +111,8 @@ class Report:
     def _finish(self, result: Result) -> None:
         if self._folder is not None:
             write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
-            write_text(self._folder / "result.json", json.dumps({"metrics": _valid(result.metrics), "rounds": result.rounds}, indent=2))
+            told = {"metrics": _valid(result.metrics), "rounds": result.rounds, "turns": result.turns, "rejected": result.rejected}
+            write_text(self._folder / "result.json", json.dumps(told, indent=2))
         for logger in self._loggers:
             logger.finalize("success")
 

@@ -26,3 +26,13 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     cost: CostTable = field(default_factory=CostTable)
     rounds: int = 0
+
+    @property
+    def turns(self) -> int:
+        """Updates that clients made, used or not."""
+        return int(sum(row["clients"] + row["rejected"] for row in self.history))
+
+    @property
+    def rejected(self) -> int:
+        """Those of them that were not used, because something in them was not finite, for one."""
+        return int(sum(row["rejected"] for row in self.history))

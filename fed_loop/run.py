@@ -1,4 +1,4 @@
-"""One run of a federation: its state, its rounds, its checkpoints."""
+"""One run of a federation: its state and its rounds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
-from rich.markup import escape
 from torch import nn
 from torch.optim import Optimizer
 
-from featherlight.fed_loop import checkpoint
 from featherlight.fed_loop.aggregate import Mean
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
@@ -28,6 +25,7 @@ from featherlight.fed_loop.local_step import LocalStep, as_weights
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.trainees import Trainee, Trainees
 from featherlight.fed_loop.turn import Clients, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
@@ -49,10 +47,18 @@ class Run:
         self.report = report
         self.targets = find_targets(module)
         self.blank = chain.anew()
-        chain.attach(module)
+        with self.processes.together():
+            chain.attach(module)
 
     def begin(self) -> None:
         """Set the model up; from here on :meth:`close` leaves it an ordinary module."""
+        with self.processes.together():
+            self._set_up()
+        self.processes.from_first(self.server.values())
+        with self.processes.together():
+            self._check()
+
+    def _set_up(self) -> None:
         settings, module, data = self.settings, self.module, self.data
         fabric = self.processes.fabric
         limit = None if settings.clip is None else partial(fabric.clip_gradients, max_norm=settings.clip, error_if_nonfinite=False)
@@ -63,11 +69,19 @@ class Run:
         self.clients = Clients(fabric, self.trainees, data)
         self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
-        self.processes.from_first(self.server.values())
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
         self.ledger = Ledger(settings.resend)
         self.result = Result()
         self.sizes = data.client_sizes()
+
+    def _check(self) -> None:
+        """What would fail later is better found now.
+
+        Raises:
+            ValueError: data, model and settings do not fit together.
+        """
+        settings, data = self.settings, self.data
+        sample(data.num_clients, settings.cohort, settings.seed, 0)  # are there as many clients as are asked for?
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
@@ -80,8 +94,10 @@ class Run:
 
     # -- rounds -----------------------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Result:
-        done = self._resume() if resume else self._start_clean()
-        self.report.configured(self._configuration())
+        saved = SavedState(self)
+        with self.processes.together():
+            done = saved.resume() if resume else saved.start_clean()
+        self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
         with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
             for round in range(done, self.settings.rounds):
                 self._whole = True
@@ -89,9 +105,9 @@ class Run:
                     self._round(round)
                 except BaseException:
                     if self._interrupts.asked and self._whole:
-                        self._save(round, interrupted=True)
+                        saved.write(round, interrupted=True)
                     raise
-                self._save(round + 1)
+                saved.write(round + 1)
         self._load_server()
         return self.result
 
@@ -255,104 +271,6 @@ class Run:
                 f"evaluate_clients=True, but {type(self.module).__name__}.validation_step gives no figure for clients' held-out samples "
                 "(a model that learns from two views has none for single images): judge its features by probes, and leave it out"
             )
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-    def _fingerprint(self) -> dict[str, str]:
-        """What must be the same for a run to go on; the number of rounds may grow."""
-        settings = self.settings
-        shapes = {name: tuple(value.shape) for name, value in self.server.items()}
-        return {
-            "model": f"{type(self.module).__name__}({dict(getattr(self.module, 'hparams', {}))})",
-            "entries": checkpoint.digest(shapes),
-            "plugins": str(self.chain.describe()),
-            "clients": f"{self.data.num_clients} with {checkpoint.digest(list(self.sizes))}",
-            "cohort": str(settings.cohort),
-            "local_epochs": str(settings.local_epochs),
-            "server": f"{type(settings.server).__name__}({settings.server.describe()})",
-            "seed": str(settings.seed),
-            "resend": str(settings.resend),
-            "clip": str(settings.clip),
-            "precision": str(settings.compute["precision"]),
-            "threads": str(settings.compute["threads"]),
-            "data": str(self.data.describe() if hasattr(self.data, "describe") else type(self.data).__name__),
-        }
-
-    def _configuration(self) -> dict[str, Any]:
-        """What loggers are told that the run is, where nobody says."""
-        return {**self._fingerprint(), "rounds": self.settings.rounds}
-
-    def _start_clean(self) -> int:
-        if self.settings.folder is not None and (last := checkpoint.newest(self.settings.folder)) is not None:
-            raise ValueError(f"{last} is there already; go on from it with resume=True (--resume), or use another folder")
-        if self.settings.folder is not None and (self.settings.folder / "metrics.jsonl").exists():
-            raise ValueError(f"{self.settings.folder} holds another run's metrics.jsonl; use another folder")
-        return 0
-
-    def _resume(self) -> int:
-        folder = self.settings.folder
-        if folder is None:
-            raise ValueError("to resume, give the folder in which the run's checkpoints are")
-        found = checkpoint.read_newest(folder)
-        self._check_all_see(0 if found is None else found[1]["round"], folder)
-        first = self.processes.rank == 0
-        if found is None:
-            if first:
-                self.report.say(f"there is no checkpoint in {folder}: starting from the first round")
-                self.report.resumed(None, self.result)
-            return 0
-        path, state, damaged = found
-        checkpoint.check_same_run(path, state["fingerprint"], self._fingerprint())
-        for other, why in damaged.items() if first else ():
-            aside = checkpoint.set_aside(other).name
-            self.report.say(f"[yellow]{escape(why)}; set aside as {aside}; going on from the newest that can be read, {path.name}")
-        for name, value in state["server"].items():
-            self.server[name].copy_(value)
-        self.optimizer_of_server.load_state_dict(state["server_optimizer"])
-        self.ledger.load_state_dict(state["ledger"])
-        self.chain.load_state_dict(state["plugins"])
-        self.result.cost.load_state_dict(state["cost"])
-        self.result.history, self.result.metrics = state["history"], state["metrics"]
-        self.result.rounds = state["round"]
-        if first:
-            self.report.resumed(path, self.result)
-        return int(state["round"])
-
-    def _check_all_see(self, round: int, folder: Path) -> None:
-        """All processes read the folder for themselves, and must go on from one checkpoint.
-
-        Raises:
-            ValueError: they do not: hosts that share no disk.
-        """
-        rounds = self.processes.gather(round)
-        if len(set(rounds)) > 1:
-            raise ValueError(
-                f"processes find different checkpoints in {folder} (after {', '.join(map(str, rounds))} rounds, by rank): "
-                "give a folder that all hosts share"
-            )
-
-    def _save(self, round: int, interrupted: bool = False) -> None:
-        """After ``round`` rounds. The state between rounds is whole, so a run that is interrupted loses at most the round it was in."""
-        settings = self.settings
-        if settings.folder is None or not settings.checkpoint_every or self.processes.rank != 0:
-            return
-        due = round % settings.checkpoint_every == 0 or round == settings.rounds
-        if not (due or interrupted):
-            return
-        if (path := checkpoint.path_of(settings.folder, round)).exists():
-            self.report.saved(path, interrupted)
-            return
-        state = {
-            "round": round,
-            "fingerprint": self._fingerprint(),
-            "server": self.server,
-            "server_optimizer": self.optimizer_of_server.state_dict(),
-            "ledger": self.ledger.state_dict(),
-            "plugins": self.chain.state_dict(),
-            "cost": self.result.cost.state_dict(),
-            "history": self.result.history,
-            "metrics": self.result.metrics,
-        }
-        self.report.saved(checkpoint.write(settings.folder, round, state), interrupted)
 
 
 def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:

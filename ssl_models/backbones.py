@@ -55,6 +55,16 @@ def make_backbone(name: str, image_size: int = 32, in_channels: int = 3, pretrai
     return builder(image_size=image_size, in_channels=in_channels, **options)
 
 
+def fixed_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the only images that ``backbone`` takes; None where it takes others, too, as convolutional networks do."""
+    for module in backbone.modules():
+        if getattr(module, "strict_img_size", False):  # timm's
+            height, width = module.img_size  # type: ignore[misc]
+            return int(height), int(width)
+    side = getattr(backbone, "image_size", None)  # torchvision's VisionTransformer
+    return (side, side) if isinstance(side, int) else None
+
+
 # -- vision transformers --------------------------------------------------------------------------------------------
 def vit(
     image_size: int,

@@ -73,18 +73,19 @@ class Plan:
 
     Args:
         batch_size: images of a batch.
-        drop_last: leave out a last batch that is not full, unless it would be the only one.
+        drop_last: leave out a last batch that is not full, unless it would be the only one; None: only one of a single image.
         at_least: images a batch must have to be of use: 2 for contrastive losses.
     """
 
     batch_size: int
-    drop_last: bool
+    drop_last: bool | None
     at_least: int = 1
 
     def steps(self, size: int) -> int:
         """Batches of one epoch over ``size`` images."""
         full, rest = divmod(size, self.batch_size)
-        keep_rest = rest >= self.at_least and not (self.drop_last and full)
+        drop_rest = rest == 1 if self.drop_last is None else self.drop_last
+        keep_rest = rest >= self.at_least and not (drop_rest and full)
         return full + keep_rest
 
     def draws(self, indices: Tensor, visit: Visit, epochs: int) -> Iterator[Draw]:

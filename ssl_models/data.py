@@ -6,6 +6,7 @@ kNN and linear probes. Batches are drawn as :mod:`~featherlight.ssl_models.batch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -20,10 +21,11 @@ from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.partitions import IID, Natural, Partition
-from featherlight.ssl_models.pictures import UnreadableImage, moments
+from featherlight.ssl_models.pictures import Files, first_size, moments
 from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, read
 from featherlight.ssl_models.views import Views
 
+log = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
 
 
@@ -55,7 +57,8 @@ class ImageData(LightningDataModule):
         seed: what partition, limit and validation part are drawn from, and the Trainer's batches.
         num_workers: processes that prepare batches.
         skip_unreadable: leave out images that cannot be read, and say how many, instead of stopping.
-        drop_last: leave out a client's last batch where it is not full and not the only one; None: with two views.
+        drop_last: leave out a client's last batch where it is not full and not the only one. None: with two views; with one view, where
+            that batch has a single image, which batch norm cannot train on. False: train on every image.
         in_memory_bytes: data sets up to this size are decoded once and kept in memory; larger ones are decoded batch by batch.
 
     Raises:
@@ -106,7 +109,7 @@ class ImageData(LightningDataModule):
         self.client_val_fraction, self.val_fraction, self.test_fraction = client_val_fraction, val_fraction, test_fraction
         self.limit_train, self.seed, self.num_workers = limit_train, seed, num_workers
         self.skip_unreadable, self.in_memory_bytes = skip_unreadable, in_memory_bytes
-        self.plan = Plan(batch_size, views == 2 if drop_last is None else drop_last, at_least=views)
+        self.plan = Plan(batch_size, True if drop_last is None and views == 2 else drop_last, at_least=views)
         self._num_clients = num_clients
 
     # -- what the data are ----------------------------------------------------------------------------------------
@@ -116,15 +119,14 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        try:
-            picture = self._loaded.train.images.take(torch.tensor([0]))
-        except UnreadableImage:
-            if not self.skip_unreadable:
-                raise
-            picture = self._train.images.take(torch.tensor([0]))
-        _, channels, height, width = picture.shape
-        return channels, self.image_size or height, self.image_size or width
+        """(C, H, W), from one picture: the others are not read for it."""
+        images = self._loaded.train.images
+        if isinstance(images, Files):
+            channels, size = 3, (self.image_size, self.image_size) if self.image_size else first_size(images, self.skip_unreadable)
+        else:
+            _, channels, height, width = images.take(torch.tensor([0])).shape
+            size = self.image_size or height, self.image_size or width
+        return channels, *size
 
     @property
     def num_clients(self) -> int:
@@ -282,8 +284,9 @@ class ImageData(LightningDataModule):
         """For each client the images it trains on, and those it keeps for evaluation."""
         labels, owners = self._listed.labels, self._listed.owners
         count = self._num_clients
-        if isinstance(self.partition, Natural) and owners is not None and count == 1:
-            count = len(set(owners))
+        if isinstance(self.partition, Natural) and owners is not None:
+            _tell_of_empty(self._loaded.clients, set(owners))
+            count = len(set(owners)) if count == 1 else count
         if count == 1:
             parts = [torch.arange(len(labels))]
         else:
@@ -338,6 +341,14 @@ def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         mine = order[labels[order] == label]
         held[mine[: round(fraction * len(mine))]] = True
     return held.nonzero().flatten(), (~held).nonzero().flatten()
+
+
+def _tell_of_empty(clients: Sequence[str], owners: set[str]) -> None:
+    """Name the clients who own no training image, and so are not in the federation."""
+    empty = [name for name in clients if name not in owners]
+    if empty:
+        named = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+        log.warning("%d of %d client folders have no training image and are left out: %s", len(empty), len(clients), named)
 
 
 def _check_sizes(clients: Sequence[Tensor], plan: Plan) -> None:

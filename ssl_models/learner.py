@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from featherlight.ssl_models.backbones import make_backbone
+from featherlight.ssl_models.backbones import fixed_size, make_backbone
 from featherlight.ssl_models.optimizers import make_optimizer, make_schedule
 
 
@@ -54,10 +54,26 @@ class Learner(LightningModule):
         self.lr_factor = make_schedule(schedule, periods, warmup_periods)
         self.backbone = make_backbone(backbone, image_size, in_channels, pretrained, **(backbone_options or {}))
         self.feature_dim = int(cast(int, self.backbone.feature_dim))
+        self._takes = int((backbone_options or {}).get("in_chans", in_channels)), fixed_size(self.backbone)
 
     def features(self, x: Tensor) -> Tensor:
-        """Pooled features, as probes take them: ``(N, C, H, W)`` to ``(N, feature_dim)``."""
+        """Pooled features, as probes take them: ``(N, C, H, W)`` to ``(N, feature_dim)``.
+
+        Raises:
+            ValueError: images of another shape than the backbone was made for.
+        """
+        self.check_images(x)
         return self.backbone(x)
+
+    def check_images(self, x: Tensor) -> None:
+        """Refuse images ``(N, C, H, W)`` that the backbone cannot take: of other channels, or of another size where it has a fixed one.
+
+        Raises:
+            ValueError: naming both shapes, and what to set.
+        """
+        shape, (channels, size) = tuple(x.shape[1:]), self._takes
+        if shape != (channels, *(size or shape[1:])):
+            raise ValueError(_misfit(type(self).__name__, shape, channels, size))
 
     def forward(self, x: Tensor) -> Tensor:
         """The features of ``x``: ``(N, C, H, W)`` to ``(N, feature_dim)``."""
@@ -78,3 +94,17 @@ class Learner(LightningModule):
         for name, score in scores.items():
             # Evaluation is averaged over DDP's processes; a training loss is one process's own, so that no step waits for it.
             self.log(f"{part}/{name}", score.detach(), prog_bar=name == "loss", batch_size=samples, sync_dist=part != "train")
+
+
+def _misfit(model: str, shape: tuple[int, ...], channels: int, size: tuple[int, ...] | None) -> str:
+    of_model, of_data = [], []
+    if shape[:1] != (channels,):
+        of_model.append(f"in_channels={shape[0]}")
+    if size is not None and shape[1:] != size:
+        if len({*shape[1:]}) == 1:
+            of_model.append(f"image_size={shape[-1]}")
+        if len({*size}) == 1:
+            of_data.append(f"image_size={size[-1]}")
+    takes = f"in_channels={channels}" + ("" if size is None else f" and image_size={size[0]}" if len({*size}) == 1 else f" and size {size}")
+    advice = [f"{' and '.join(settings)} of the {owner}" for owner, settings in (("model", of_model), ("data", of_data)) if settings]
+    return f"images have the shape {shape} (C, H, W), but {model} was made for {takes}: set {', or '.join(advice)}"

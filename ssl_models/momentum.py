@@ -39,6 +39,7 @@ class MomentumSSL(SelfSupervised):
         raise NotImplementedError
 
     def view_loss(self, x0: Tensor, x1: Tensor) -> Tensor:
+        self.check_images(x0)
         # A pass for each view, as in the papers' code: batch norm sees one view of each image at a time.
         with torch.no_grad():
             target0 = self.projector_target(self.backbone_target(x0))

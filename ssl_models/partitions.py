@@ -155,7 +155,10 @@ class Natural(Partition):
             )
         names = sorted(set(owners))
         if num_clients != len(names):
-            raise ValueError(f"num_clients={num_clients} but the data belong to {len(names)} clients; leave num_clients out")
+            raise ValueError(
+                f"num_clients={num_clients} but the data belong to {len(names)} clients; leave num_clients out, or set num_clients: 1 "
+                "(the default), and folders are counted"
+            )
         numbers = {name: number for number, name in enumerate(names)}
         return _places(NaturalIdPartitioner("label"), torch.tensor([numbers[name] for name in owners]), num_clients)
 

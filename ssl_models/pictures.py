@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -17,6 +19,13 @@ from featherlight.ssl_models.batches import Images
 
 BAR_AFTER = 2.0
 """Seconds of reading after which a progress bar appears."""
+
+
+BROKEN = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What PIL's decoders raise for files that are damaged or are no pictures."""
 
 
 class UnreadableImage(ValueError):
@@ -74,7 +83,7 @@ class Files:
                 picture = image.convert("RGB")
             if self.size is not None and picture.size != (self.size[1], self.size[0]):
                 picture = ImageOps.fit(picture, (self.size[1], self.size[0]), Image.Resampling.BILINEAR)
-        except Exception as error:  # broken files make PIL raise nearly anything
+        except BROKEN as error:
             reason = type(error).__name__ if str(path) in str(error) else str(error)
             raise UnreadableImage(f"cannot read image {path} ({reason}); repair or remove it, or set skip_unreadable=true") from None
         if size is not None and picture.size != (size[1], size[0]):

@@ -48,12 +48,14 @@ class Loaded:
         test: its test part, None where it has none of its own.
         classes: names of its labels.
         mirrored: whether a mirrored picture is still a picture of the same kind.
+        clients: names of all clients, those who own no picture among them, where the data say so.
     """
 
     train: Source
     test: Source | None
     classes: tuple[str, ...]
     mirrored: bool = True
+    clients: tuple[str, ...] = ()
 
 
 def digits(root: str, download: bool, by_client: bool) -> Loaded:
@@ -96,7 +98,8 @@ def folder(root: str, download: bool, by_client: bool) -> Loaded:
     base = Path(root)
     if not base.is_dir():
         raise ValueError(f"root={root} is not a folder; give the folder that holds train/CLASS/*, or CLASS/*")
-    train = _files(base / "train" if (base / "train").is_dir() else base)
+    held = base / "train" if (base / "train").is_dir() else base
+    train = _files(held)
     test = _files(base / "test") if (base / "test").is_dir() else None
     if not train or test == []:
         empty = base / ("test" if train else "train")
@@ -110,7 +113,8 @@ def folder(root: str, download: bool, by_client: bool) -> Loaded:
         for found, named, owner in ((train, kinds[0], owners), (test, kinds[1], None))
         if found is not None
     ]
-    return Loaded(parts[0], parts[1] if len(parts) > 1 else None, tuple(classes))
+    folders = sorted(entry.name for entry in held.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return Loaded(parts[0], parts[1] if len(parts) > 1 else None, tuple(classes), clients=() if owners is None else tuple(folders))
 
 
 def _files(base: Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, ProgressiveGrowth
 
 
-class Classifier(pl.LightningModule):
+class Example(pl.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -35,7 +35,7 @@ def test_resnet_18(images, make_trainer):
     """Whole groups of a ResNet: none but the first keeps its input's shape, so that it is the one that may be left out."""
     monitor = CostMonitor(show=False)
     freezing = LayerFreezing(blocks="backbone.layer*", blocks_per_stage=1, periods_per_stage=1)
-    model = Classifier()
+    model = Example()
     make_trainer(freezing, DepthDropout(blocks="backbone.layer*", rate=0.5), monitor, max_epochs=4).fit(model, images)
     rows = monitor.table.rows()
     assert len(rows) == 4
@@ -49,10 +49,10 @@ def test_resnet_18(images, make_trainer):
         assert held - row["params_held"] in (dropped[stage] or [0])
     assert rows[3]["saved_bytes"] < rows[0]["saved_bytes"] / 2
     assert all(p.requires_grad for p in model.parameters())
-    assert model.state_dict().keys() == Classifier().state_dict().keys()
+    assert model.state_dict().keys() == Example().state_dict().keys()
 
 
-class Small(Classifier):
+class Small(Example):
     """ResNet-18 for 32 px images: stride 1 and no pooling in the stem; its features and nothing else."""
 
     def __init__(self):
@@ -76,7 +76,7 @@ def test_bytes_saved_for_backward(make_trainer):
     assert second_half == pytest.approx(62.2, rel=0.02)
 
 
-class Own(Classifier):
+class Own(Example):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4)), 2)
 

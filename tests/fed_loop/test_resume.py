@@ -112,11 +112,12 @@ def test_a_run_that_fails_can_be_resumed(net, points, federation, same, tmp_path
 OTHERS = {
     "seed": ({"seed": 1}, {}, {}, "seed was 0, now 1"),
     "cohort": ({"cohort": 1}, {}, {}, "cohort was None, now 1"),
-    "server": ({"server": Average(0.5)}, {}, {}, r"server was Average\(\{'lr': 1.0\}\), now Average\(\{'lr': 0.5\}\)"),
-    "model": ({}, {"blocks": 2}, {}, "entries was"),
-    "clients": ({}, {}, {"sizes": [8, 9]}, "clients was"),
+    "server": ({"server": Average(0.5)}, {}, {}, "server.lr was 1.0, now 0.5;"),
+    "model": ({}, {"blocks": 2}, {}, "its model's entries have other names or shapes"),
+    "clients": ({}, {}, {"sizes": [8, 9]}, "its clients have other numbers of samples"),
+    "more clients": ({}, {}, {"sizes": [8, 8, 8]}, "clients was 2, now 3;"),
     "clip": ({"clip": 1.0}, {}, {}, "clip was None, now 1.0"),
-    "plugins": ({}, {}, {}, "plugins was .*LayerFreezing.*'periods_per_stage': 1.*, now .*'periods_per_stage': 2"),
+    "plugins": ({}, {}, {}, "plugins.0.LayerFreezing.periods_per_stage was 1, now 2;"),
 }
 
 
@@ -129,6 +130,14 @@ def test_another_run_is_refused(other, net, points, federation, tmp_path):
     with pytest.raises(ValueError, match=f"round-000001.ckpt is of another run: {message}"):
         federation(2, folder=tmp_path, **settings).run(net(**model), points(**{"sizes": [8, 8], **data}), [freezing], resume=True)
     assert (tmp_path / "round-000001.ckpt").read_bytes() == before
+
+
+def test_fewer_rounds_than_are_done_are_refused(net, points, federation, tmp_path):
+    federation(3, folder=tmp_path).run(net(), points([8, 8]))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"rounds=2, but 3 are done in .*round-000003.ckpt: give 3 or more, or another folder"):
+        federation(2, folder=tmp_path).run(net(), points([8, 8]), resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_in_use_is_not_written_over(net, points, federation, tmp_path):

@@ -142,9 +142,9 @@ def test_processes_share_a_batch_and_see_its_views() -> None:
 
 # -- how epochs are cut -----------------------------------------------------------------------------------------------
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 50), st.integers(2, 20), st.booleans(), st.sampled_from([1, 2]))
+@given(st.integers(0, 50), st.integers(2, 20), st.sampled_from([True, False, None]), st.sampled_from([1, 2]))
 def test_an_epoch_gives_each_image_at_most_once_and_steps_says_how_many_batches(
-    size: int, batch_size: int, drop_last: bool, at_least: int
+    size: int, batch_size: int, drop_last: bool | None, at_least: int
 ) -> None:
     plan = Plan(batch_size, drop_last, at_least)
     indices = torch.arange(100, 100 + size)
@@ -157,12 +157,40 @@ def test_an_epoch_gives_each_image_at_most_once_and_steps_says_how_many_batches(
     left_out = size - len(seen)
     if drop_last and size >= batch_size:
         assert left_out == size % batch_size
+    elif drop_last is None and size > batch_size and size % batch_size == 1:
+        assert left_out == 1
     else:
         assert left_out < at_least
 
 
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"views": 1}, [8, 8]),  # the 17th image would be a batch of its own
+        ({"views": 1, "drop_last": False}, [8, 8, 1]),
+        ({"views": 1, "limit_train": 18}, [8, 8, 2]),
+        ({"views": 1, "limit_train": 18, "drop_last": True}, [8, 8]),
+        ({"views": 1, "limit_train": 1}, [1]),  # the only one there is
+        ({"views": 1, "limit_train": 3, "batch_size": 1}, [1, 1, 1]),  # as was asked for
+        ({"views": 2, "limit_train": 18}, [8, 8]),
+        ({"views": 2, "limit_train": 18, "drop_last": False}, [8, 8, 2]),
+    ],
+    ids=str,
+)
+def test_a_last_batch_is_left_out_alike_by_whoever_counts_or_draws(tmp_path: Path, settings: dict[str, Any], sizes: list[int]) -> None:
+    given: dict[str, Any] = {"batch_size": 8, "limit_train": 17, **settings}
+    data = ImageData(**given)
+    assert data.batch_sizes(0, 2) == sizes * 2
+    assert data.steps_per_visit(0, 2) == 2 * len(sizes)
+    batches = [batch for epoch in (0, 1) for _, batch in made(data, [Visit(epoch)])]
+    assert [len(labels) for _, labels in batches] == sizes * 2
+    model = Recorder()
+    trainer(tmp_path, max_epochs=2).fit(model, datamodule=ImageData(**given))
+    assert same(model.seen, batches)
+
+
 def test_client_sizes_and_labels_are_counted_as_a_loop_counts_them() -> None:
-    data = ImageData(num_clients=5, partition=Shards(2), batch_size=8, client_val_fraction=0.2, views=1)
+    data = ImageData(num_clients=5, partition=Shards(2), batch_size=8, client_val_fraction=0.2, views=1, drop_last=False)
     assert data.num_clients == 5
     counts = torch.zeros(5, 10, dtype=torch.long)
     for client in range(5):

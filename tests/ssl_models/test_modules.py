@@ -5,6 +5,7 @@ import doctest
 import importlib
 import math
 import pickle
+import re
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from featherlight.ssl_models import BYOL, Classifier, MoCoV3, SimCLR
+from featherlight.ssl_models.backbones import fixed_size
 from featherlight.ssl_models.learner import Learner
 from featherlight.ssl_models.ssl import SelfSupervised
 
@@ -229,6 +231,68 @@ def test_batches_of_views(model: type[SelfSupervised]) -> None:
         module.training_step(((x0, x1, x0), labels), 0)
     with pytest.raises(ValueError, match="at least 2 samples in a batch, got 1"):
         module.training_step(((x0[:1], x1[:1]), labels[:1]), 0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((1, 16, 16), "image_size=16 of the model, or image_size=8 of the data"),
+        ((3, 8, 8), "in_channels=3 of the model"),
+        ((3, 16, 16), "in_channels=3 and image_size=16 of the model, or image_size=8 of the data"),
+        ((1, 8, 12), "image_size=8 of the data"),  # a model's images are square
+    ],
+)
+def test_images_that_do_not_fit_are_refused_by_every_step(model: type[Learner], shape: tuple[int, ...], advice: str) -> None:
+    x, labels = torch.zeros(4, *shape), torch.zeros(4, dtype=torch.long)
+    module = small(model)
+    batch = (x, labels) if model is Classifier else ((x, x), labels)
+    says = f"images have the shape {shape} (C, H, W), but {model.__name__} was made for in_channels=1 and image_size=8: set {advice}"
+    for step in (module.training_step, module.validation_step, lambda batch: module(x)):
+        with pytest.raises(ValueError, match=re.escape(says) + "$"):
+            step(batch)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "fixed"),
+    [
+        ("vit", {}, (32, 32)),
+        ("timm/vit_tiny_patch16_224", {}, (32, 32)),
+        ("timm/vit_tiny_patch16_224", {"dynamic_img_size": True}, None),
+        ("timm/mixer_s32_224", {}, (32, 32)),
+        ("timm/resnet18", {}, None),
+        ("torchvision/vit_b_32", {}, (32, 32)),
+        ("torchvision/resnet18", {}, None),
+        ("resnet18_cifar", {}, None),
+        ("resnet9", {}, None),
+        ("vgg11", {}, None),
+    ],
+    ids=str,
+)
+def test_only_backbones_of_one_size_refuse_others(backbone: str, options: dict, fixed: tuple[int, int] | None) -> None:
+    with torch.device("meta"):
+        module = Classifier(backbone, backbone_options=options)
+        assert fixed_size(module.backbone) == fixed
+        assert module.logits(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        larger = torch.empty(2, 3, 64, 64)
+        if fixed is None:
+            assert module.logits(larger).shape == (2, 10)
+        else:
+            with pytest.raises(ValueError, match=r"made for in_channels=3 and image_size=32: set image_size=64 of the model"):
+                module.logits(larger)
+        with pytest.raises(ValueError, match=r"made for in_channels=3.*: set in_channels=1 of the model"):
+            module.logits(torch.empty(2, 1, 32, 32))
+
+
+def test_a_librarys_own_name_for_channels_is_understood() -> None:
+    module = Classifier("timm/resnet18", backbone_options={"in_chans": 1})
+    assert module.logits(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
+def test_looking_at_the_images_leaves_a_compiled_model_whole() -> None:
+    module = small(Classifier).eval()
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(torch.compile(module.logits, backend="eager", fullgraph=True)(x), module.logits(x))
 
 
 def test_classifier_scores_by_hand() -> None:

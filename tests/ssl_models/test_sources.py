@@ -265,6 +265,72 @@ def test_unreadable_images_are_left_out_on_request(
     assert "left out 2 of 12 images" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"", b"not a picture"], ids=["empty", "text"])
+@pytest.mark.parametrize("image_size", [None, 6])
+@pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
+@pytest.mark.parametrize("layout", ["train and test", "classes alone", "a folder per client"])
+def test_the_first_image_of_all_may_be_unreadable(
+    tmp_path: Path, layout: str, in_memory_bytes: int, image_size: int | None, content: bytes
+) -> None:
+    base = tmp_path if layout == "classes alone" else tmp_path / "train"
+    below = "ant" if layout == "a folder per client" else ""
+    for kind in ("ant", "bee"):
+        for at in range(10):
+            picture(base / kind / below / f"{at}.png", at)
+        if layout != "classes alone":
+            picture(tmp_path / "test" / kind / "0.png", 99)
+    (base / "ant" / below / "0.png").write_bytes(content)
+    natural = Natural() if layout == "a folder per client" else None
+    given: dict[str, Any] = {"in_memory_bytes": in_memory_bytes, "image_size": image_size, "partition": natural}
+    data = folder(tmp_path, skip_unreadable=True, **given)
+    assert data.image_shape == (3, image_size or 12, image_size or 10)
+    sizes = data.client_sizes()
+    if natural:
+        assert sizes == [9, 10]
+    else:  # where there is no test part, two images of each class are kept for it, of whichever the bad one may be one
+        assert sizes in ([[19]] if layout == "train and test" else [[15], [16]])
+    for client, size in enumerate(sizes):
+        batches = made(data, client)
+        assert sum(len(y) for _, y in batches) == size - (size % 4 == 1)
+        assert {x.shape[1:] for x, _ in batches} == {data.image_shape}
+    assert sum(len(y) for loader in data.probe_data() for _, y in loader) == {"classes alone": 19}.get(layout, 21)
+    with pytest.raises(ValueError, match=r"cannot read image .*ant.*/0\.png"):
+        list(folder(tmp_path, **given).probe_data()[0]), list(folder(tmp_path, **given).probe_data()[1])
+
+
+def test_what_is_no_fault_of_a_file_is_not_blamed_on_it(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*_: Any) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(Image, "open", endless)
+    with pytest.raises(RecursionError, match="too deep"):
+        folder(pictures, skip_unreadable=True).setup()
+
+
+def test_a_client_folder_without_images_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for client in ("abe", "zoe"):
+        for at in range(4):
+            picture(tmp_path / "train" / client / "ant" / f"{at}.png", at)
+    for empty in ("mia/ant", "bob", ".cache"):
+        (tmp_path / "train" / empty).mkdir(parents=True)
+    picture(tmp_path / "test" / "ant" / "0.png", 99)
+    assert folder(tmp_path, partition=Natural()).client_sizes() == [4, 4]
+    told = "2 of 4 client folders have no training image and are left out: bob, mia"
+    assert told in caplog.text
+    caplog.clear()
+    with pytest.raises(ValueError, match="num_clients=4 but the data belong to 2 clients; leave num_clients out, or set num_clients: 1"):
+        folder(tmp_path, partition=Natural(), num_clients=4).client_sizes()
+    assert told in caplog.text
+    for at in range(4):
+        (tmp_path / "train" / "zoe" / "ant" / f"{at}.png").write_bytes(b"")
+    caplog.clear()
+    assert folder(tmp_path, partition=Natural(), skip_unreadable=True).client_sizes() == [4]
+    assert "3 of 4 client folders have no training image and are left out: bob, mia, zoe" in caplog.text
+    caplog.clear()
+    folder(tmp_path).client_sizes()  # not divided by folders: nothing to tell
+    assert "client folders" not in caplog.text
+
+
 def test_a_folder_per_client(tmp_path: Path) -> None:
     for client, count in (("zoe", 3), ("abe", 5), ("mia", 2)):
         for at in range(count):
