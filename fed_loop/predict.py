@@ -119,7 +119,7 @@ class _Prediction:
         key = id(trainee), tuple(plan.received)
         known = self._served.get(key)
         if known is None:
-            known = self.trainees.serve(self.own.live, plan, visit, self.ledger.kept(visit.client))
+            known = self.trainees.serve(trainee, self.own.live, plan, visit, self.ledger.kept(visit.client))
             if plan.received.keys() >= set(known.wanted):  # others have a content, and depend on what the client has
                 self._served[key] = known
         return known

@@ -56,6 +56,7 @@ class Trainee:
         self.raw_optimizer = self.schedule.optimizer
         self.optimizer = setup(module, self.raw_optimizer)
         self.live = shareable(module, targets)
+        self.names = frozenset(module.state_dict(keep_vars=True))
         self.step = step(chain)
         self._begun = -1
 
@@ -103,14 +104,14 @@ class Trainees:
         trainee.begin(Clock(visit.round, 0))
         return trainee
 
-    def serve(self, server: Message, plan: Plan, visit: Visit, kept: Collection[str]) -> Served:
+    def serve(self, trainee: Trainee, server: Message, plan: Plan, visit: Visit, kept: Collection[str]) -> Served:
         """The server's entries as the client of ``visit`` gets them, ``kept`` being the names of what it still has."""
         chain = self.own.chain
         if not chain.encodes_down:
             return Served(server, tuple(plan.received), frozenset())
         entries = chain.encode_down(server, visit, kept)
         made = frozenset(name for name, value in entries.items() if name in plan.received and value is not server.get(name))
-        new = (name for name in entries if name not in plan.received and name not in server)
+        new = (name for name in entries if name not in trainee.names and name not in server)
         return Served(entries, (*(name for name in plan.received if name in entries), *new), made)
 
     def travels(self, visits: Iterable[Visit]) -> Message:

@@ -70,7 +70,7 @@ class Clients:
         trainee = self._trainees.of(visit)
         chain = self._trainees.own.chain
         plan = trainee.plan(visit)
-        served = self._trainees.serve(server, plan, visit, ledger.kept(visit.client))
+        served = self._trainees.serve(trainee, server, plan, visit, ledger.kept(visit.client))
         turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
         bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
