@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from featherlight.fed_loop import Federation
+from featherlight.plugins import Plugin
 from featherlight.ssl_models import ImageData, MoCoV3, SimCLR
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -182,3 +183,30 @@ def figures():
 @pytest.fixture
 def cost_of():
     return untimed
+
+
+class Int8(Plugin):
+    """Floats as whole multiples of their largest magnitude / 127."""
+
+    def encode(self, message, visit):
+        coded = {}
+        for name, value in message.items():
+            if value.is_floating_point():
+                scale = value.abs().max().clamp_min(1e-30) / 127
+                coded |= {name: (value / scale).round().to(torch.int8), f"{name}:scale": scale}
+            else:
+                coded[name] = value
+        return coded
+
+    def decode(self, message, visit):
+        return {
+            name: value * message[f"{name}:scale"] if f"{name}:scale" in message else value
+            for name, value in message.items()
+            if not name.endswith(":scale")
+        }
+
+
+@pytest.fixture
+def int8():
+    """A codec that quantises what clients send."""
+    return Int8

@@ -9,7 +9,7 @@ import torch
 from featherlight.fed_loop import Average, Momentum
 from featherlight.fed_loop.cohort import sample
 from featherlight.fed_loop.predict import predict
-from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, Plugin, PrismSampling
+from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling
 from featherlight.plugins.projections import PROJECTIONS
 from featherlight.plugins.seeds import derive
 
@@ -273,27 +273,6 @@ def test_a_plugin_used_again_begins_anew(net, points, federation, same):
 
 
 # -- other methods ----------------------------------------------------------------------------------------------------
-class Int8(Plugin):
-    """Floats as whole multiples of their largest magnitude / 127."""
-
-    def encode(self, message, visit):
-        coded = {}
-        for name, value in message.items():
-            if value.is_floating_point():
-                scale = value.abs().max().clamp_min(1e-30) / 127
-                coded |= {name: (value / scale).round().to(torch.int8), f"{name}:scale": scale}
-            else:
-                coded[name] = value
-        return coded
-
-    def decode(self, message, visit):
-        return {
-            name: value * message[f"{name}:scale"] if f"{name}:scale" in message else value
-            for name, value in message.items()
-            if not name.endswith(":scale")
-        }
-
-
 @pytest.mark.parametrize("grow", [True, False])
 def test_with_layer_freezing(grow, net, points, federation, cost_of):
     """In every stage a subspace of what trains in it; what is frozen stays, and moves lie in the stage's subspace."""
@@ -339,14 +318,14 @@ def test_with_depth_dropout(order, net, points, federation, cost_of):
 
 
 @pytest.mark.parametrize("subspaces", [1, 2])
-def test_with_a_quantiser_behind_it(subspaces, net, points, federation, cost_of):
+def test_with_a_quantiser_behind_it(int8, subspaces, net, points, federation, cost_of):
     """z is off by at most half a step of 1/127 of its largest number, and so is what is lifted by A times that."""
     data, plain, coded, start = points(SIZES), net(sgd), net(sgd), net(sgd)
     federation(1).run(plain, data, [IntrinsicProjection(40, subspaces)])
-    other = federation(1).run(coded, data, [IntrinsicProjection(40, subspaces), Int8()])
+    other = federation(1).run(coded, data, [IntrinsicProjection(40, subspaces), int8()])
     first, second, origin = (flat(model.parameters()) for model in (plain, coded, start))
     assert float((first - second).norm() / (first - origin).norm()) < 0.03
-    predicted = predict(federation(1), lambda: net(sgd), data, [IntrinsicProjection(40, subspaces), Int8()])
+    predicted = predict(federation(1), lambda: net(sgd), data, [IntrinsicProjection(40, subspaces), int8()])
     same_but_for_the_peak(cost_of(predicted), cost_of(other.cost))
 
 

@@ -36,27 +36,6 @@ def weighted(changes, name):
     return sum(change[name].double() * size for change, size in zip(changes, SIZES)) / sum(SIZES)
 
 
-class Int8(Plugin):
-    """Floats as whole multiples of their largest magnitude / 127."""
-
-    def encode(self, message, visit):
-        coded = {}
-        for name, value in message.items():
-            if value.is_floating_point():
-                scale = value.abs().max().clamp_min(1e-30) / 127
-                coded |= {name: (value / scale).round().to(torch.int8), f"{name}:scale": scale}
-            else:
-                coded[name] = value
-        return coded
-
-    def decode(self, message, visit):
-        return {
-            name: value * message[f"{name}:scale"] if f"{name}:scale" in message else value
-            for name, value in message.items()
-            if not name.endswith(":scale")
-        }
-
-
 class Projection(Plugin):
     """z = Aᵀ·change of all parameters on the way up, A·Σz on the server; A from the round, known to both sides."""
 
@@ -109,9 +88,9 @@ class Checkerboard(Plugin):
         return decoded
 
 
-def test_a_quantiser(net, points, federation):
+def test_a_quantiser(int8, net, points, federation):
     data, module, server = points(SIZES), net(sgd), net(sgd)
-    result = federation(1).run(module, data, [Int8()])
+    result = federation(1).run(module, data, [int8()])
     changes = deltas(server, data)
     for name, value in module.named_parameters():
         error = (value.double() - server.get_parameter(name).double() - weighted(changes, name)).abs().max()
@@ -147,11 +126,11 @@ def test_a_message_of_one_vector_has_its_length(net, points, federation):
     assert result.history[0]["bytes_up"] == 3 * (8 + (len(header) + 7) // 8 * 8 + 80)
 
 
-def test_codecs_in_a_chain(net, points, federation):
+def test_codecs_in_a_chain(int8, net, points, federation):
     """First to encode, last to decode: the quantiser sees coordinates, and lifting sees the sum of what it gave back."""
     modules = [net(sgd), net(sgd)]
     plain, coded = (
-        federation(1).run(module, points(SIZES), chain) for module, chain in zip(modules, ([Projection(300)], [Projection(300), Int8()]))
+        federation(1).run(module, points(SIZES), chain) for module, chain in zip(modules, ([Projection(300)], [Projection(300), int8()]))
     )
     start = net(sgd)
     for name, value in start.named_parameters():

@@ -347,27 +347,6 @@ def test_bytes_by_hand(pictures, federation):
 BLOCKS = "backbone.blocks.*"
 
 
-class Int8(Plugin):
-    """Floats as whole multiples of their largest magnitude / 127."""
-
-    def encode(self, message, visit):
-        coded = {}
-        for name, value in message.items():
-            if value.is_floating_point():
-                scale = value.abs().max().clamp_min(1e-30) / 127
-                coded |= {name: (value / scale).round().to(torch.int8), f"{name}:scale": scale}
-            else:
-                coded[name] = value
-        return coded
-
-    def decode(self, message, visit):
-        return {
-            name: value * message[f"{name}:scale"] if f"{name}:scale" in message else value
-            for name, value in message.items()
-            if not name.endswith(":scale")
-        }
-
-
 OTHERS = {
     "layer freezing": lambda: [LayerFreezing(BLOCKS)],
     "layer freezing, two rounds a stage": lambda: [LayerFreezing(BLOCKS, periods_per_stage=2)],
@@ -403,11 +382,11 @@ def test_a_frozen_block_stays_as_it_is(ssl, digits, federation):
             assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_with_a_quantiser(pictures, federation):
+def test_with_a_quantiser(int8, pictures, federation):
     """Entries off by at most half a step of 1/127 of the largest change."""
     plain, coded, start = ConvNet(), ConvNet(), ConvNet()
     one = federation(1).run(plain, pictures(), [PrismSampling(MIXED, list(LAYERS))])
-    other = federation(1).run(coded, pictures(), [PrismSampling(MIXED, list(LAYERS)), Int8()])
+    other = federation(1).run(coded, pictures(), [PrismSampling(MIXED, list(LAYERS)), int8()])
     assert other.history[0]["bytes_up"] < one.history[0]["bytes_up"]
     assert other.history[0]["bytes_down"] == one.history[0]["bytes_down"]
     assert other.history[0]["kernel_coverage"] == one.history[0]["kernel_coverage"]
