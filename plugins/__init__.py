@@ -9,6 +9,7 @@ from featherlight.plugins.layer_freezing import LayerFreezing
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
+from featherlight.plugins.quantization import Quantization
 from featherlight.plugins.targets import find_targets
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Plugin",
     "PrismSampling",
     "ProgressiveGrowth",
+    "Quantization",
     "Tower",
     "Visit",
     "find_blocks",
