@@ -161,18 +161,8 @@ def test_every_callback_is_a_host_or_named_after_its_method() -> None:
     "name",
     [
         *("LayerFreezing", "layer_freezing", "layer-wise", "DepthDropout", "depth-dropout", "ProgressiveGrowth", "WidthAdapter", "PriSM"),
-        *(
-            "prism.factors",
-            "IntrinsicSubspace",
-            "EcoFed",
-            "Quantization",
-            "TopK",
-            "top_k",
-            "FetchSGD",
-            "(every='round')",
-            "grow=False",
-            "rate=0.5",
-        ),
+        *("prism.factors", "IntrinsicSubspace", "EcoFed", "(every='round')", "grow=False", "rate=0.5"),
+        *("Quantization", "TopK", "top_k", "FetchSGD"),
     ],
 )
 def test_the_pattern_finds_the_methods(name: str) -> None:
