@@ -7,6 +7,7 @@ Column i of u and row i of v are *principal kernel* i, the most important first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,15 @@ def product(factors: Factors) -> Tensor:
 def factorise_all(weights: Mapping[str, Tensor]) -> dict[str, Factors]:
     """:func:`factorise` of each."""
     return {name: factorise(weight) for name, weight in weights.items()}
+
+
+def concentrate(weight: Tensor, share: float, rest: float = 0.1) -> Tensor:
+    """``weight`` (O, …) with its kernels beyond the first ⌈``share``·R⌉ scaled by ``rest``, as long as it was (Frobenius)."""
+    u, v, values = factorise(weight)
+    scale = torch.full_like(values, rest)
+    scale[: ceil(round(share * len(values), 9))] = 1.0
+    made = (u * scale.to(u)) @ v
+    return (made * (weight.detach().norm() / made.norm().clamp(min=torch.finfo(made.dtype).tiny))).view_as(weight)
 
 
 def importance(values: Tensor, power: float) -> Tensor:

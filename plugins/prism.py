@@ -47,6 +47,9 @@ class PrismSampling(Plugin):
         power: k: 2.5 for IID clients, 4 for others (the paper's).
         warmup_periods: rounds at the beginning in which every client gets the most important kernels (the paper: 50).
         rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink.
+        principal_start: for random weights: when the plugin is first attached, kernels beyond the (smallest) κ are scaled by 0.1
+            (:func:`featherlight.plugins.factors.concentrate`; ours), so that clients hold nearly all of the model's energy. Otherwise
+            the whole model is, until training has made its spectra fall, mostly what its clients do not see.
         targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
 
     Raises:
@@ -61,6 +64,7 @@ class PrismSampling(Plugin):
         power: float = 2.5,
         warmup_periods: int = 0,
         rows: bool = True,
+        principal_start: bool = False,
         targets: Literal["auto"] | dict[str, str] = "auto",
     ) -> None:
         shares = keep if isinstance(keep, dict) else {keep: 1.0}
@@ -78,6 +82,7 @@ class PrismSampling(Plugin):
         self.power = power
         self.warmup_periods = warmup_periods
         self.rows = rows
+        self.principal_start = principal_start
         self.targets = targets
         self._shares = dict(sorted(shares.items()))
         self._factors: dict[str, Factors] = {}
@@ -87,6 +92,7 @@ class PrismSampling(Plugin):
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
         self._in_place = False
+        self._started = False
         self._changed: list[nn.Module] = []
         self._resting: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
@@ -129,6 +135,12 @@ class PrismSampling(Plugin):
             )
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
         self._followed = targets
+        if self.principal_start and not self._started:
+            self._started = True  # a model that is trained a second time is no random one
+            with torch.no_grad():
+                for path in layers:
+                    weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
+                    weight.copy_(factors.concentrate(weight, min(self._shares)))
         if self._in_place:
             self._changed = sample_in_place(model, layers, next(iter(self._shares)))
             self._mark(sampled_layers(model))

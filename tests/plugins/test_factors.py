@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherlight.plugins.factors import decay, draw, factorise, factorise_all, importance, product
+from featherlight.plugins.factors import concentrate, decay, draw, factorise, factorise_all, importance, product
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -176,3 +176,20 @@ def test_decay_is_the_gradient_of_half_the_squared_product(n, r, columns, rate, 
     wanted = torch.autograd.grad(rate / 2 * (u @ v).square().sum(), (u, v))
     for ours, theirs in zip(decay(u.detach(), v.detach(), rate), wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+# -- concentrate ------------------------------------------------------------------------------------------------------
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31), st.floats(0.05, 1.0))
+def test_singular_values_beyond_the_share_are_a_tenth_and_the_length_stays(rows, columns, seed, share):
+    weight = torch.randn(rows, columns, 1, 1, generator=torch.Generator().manual_seed(seed))
+    before = torch.linalg.svdvals(weight.flatten(1).double())
+    after = torch.linalg.svdvals(concentrate(weight, share).flatten(1).double())
+    kept = next(count for count in range(1, len(before) + 1) if count >= share * len(before) - 1e-9)
+    wanted = torch.cat([before[:kept], before[kept:] / 10])
+    wanted *= before.norm() / wanted.norm()
+    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-5 * float(before[0]))
+
+
+def test_a_weight_of_zeros_stays():
+    assert concentrate(torch.zeros(4, 3, 3, 3), 0.5).eq(0).all()

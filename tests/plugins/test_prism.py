@@ -1,6 +1,7 @@
 """PrismSampling by itself: what each client holds, that it comes back to its place, and what the server makes of it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_mistakes_are_answered(arguments, says):
 
 def test_what_describes_a_run_is_the_arguments():
     arguments = {"keep": {0.2: 0.5, 0.4: 0.5}, "layers": ["a"], "attention": True, "power": 3.0, "warmup_periods": 5, "rows": False}
+    arguments["principal_start"] = True
     assert PrismSampling(**arguments).describe() == {**arguments, "targets": "auto"}
 
 
@@ -430,3 +432,29 @@ def test_a_momentum_copy_draws_its_twin_s_rows_and_is_not_sent(make_vit, make_by
     for path, layer in layers.items():
         if path.startswith("encoder."):
             assert held[f"{path}.u"][1].any(1).nonzero().flatten().tolist() == layer.rows.tolist()
+
+
+# -- principal start --------------------------------------------------------------------------------------------------
+def energy(weight, share):
+    """The part of ‖W‖² that the first ⌈share·R⌉ singular values carry."""
+    squares = torch.linalg.svdvals(weight.detach().flatten(1).double()).square()
+    return float(squares[: math.ceil(share * len(squares))].sum() / squares.sum())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_principal_start_leaves_nearly_all_energy_to_clients_and_happens_once(in_place):
+    """With everything beyond at most a tenth, the rest of 3 in 4 kernels has at most 3·0.01 of what the first have."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3))
+    length = [float(model[place].weight.detach().norm()) for place in (0, 2)]
+    plugin = PrismSampling({0.25: 0.5, 0.5: 0.5} if not in_place else 0.25, layers="*", principal_start=True)
+    plugin = plugin.in_place() if in_place else plugin
+    before = energy(model[0].weight, 0.25)
+    plugin.attach(model)
+    assert before < 0.6
+    assert all(energy(model[place].weight, 0.25) > 1 / 1.03 for place in (0, 2))
+    assert [float(model[place].weight.detach().norm()) for place in (0, 2)] == pytest.approx(length, rel=1e-5)
+    plugin.detach()
+    trained = [value.detach().clone() for value in model.parameters()]
+    plugin.attach(model)
+    plugin.detach()
+    assert all(torch.equal(*pair) for pair in zip(trained, model.parameters(), strict=True))
