@@ -1,11 +1,11 @@
 """Accuracy against total bytes on CIFAR-10: the four ways of intrinsic compression over d, and what they are compared with, in one run.
 
-    python benchmarks/intrinsic_frontier.py --data FOLDER                    supervised, images in FOLDER/train/CLASS/*, FOLDER/test/CLASS/*
+    python benchmarks/intrinsic_frontier.py --data FOLDER                    supervised; it has train/CLASS/*.jpg and test/CLASS/*.jpg
     python benchmarks/intrinsic_frontier.py --data FOLDER --method simclr    self-supervised: kNN and linear probe of the features
     python benchmarks/intrinsic_frontier.py --data FOLDER --width 64 --size 32 --images 50000 --clients 100 --cohort 10 --rounds 300
 
-ResNet-9 with group norm. Every way is given budgets: total bytes, both ways and all clients, of about 1/10, 1/30, … of those of uncompressed
-FedAvg over as many rounds; what is drawn is what was really sent. Learning rates were tuned for every way by itself, over
+ResNet-9 with group norm. Every way is given budgets: total bytes, both ways and all clients, of about 1/10, 1/30, … of what uncompressed
+FedAvg sends over as many rounds; what is drawn is what was really sent. Learning rates were tuned for every way by itself, over
 decades (RATES says which); --rates tries others, and of several the table and the picture take the best. Finished runs are kept in --out
 and not run again.
 
