@@ -2,13 +2,14 @@
 
     python benchmarks/prism_accuracy.py --data FOLDER                       supervised: FOLDER/train/CLASS/*.jpg, FOLDER/test/CLASS/*.jpg
     python benchmarks/prism_accuracy.py --data FOLDER --method simclr       self-supervised: kNN and linear probe of the features
-    python benchmarks/prism_accuracy.py --data FOLDER --width 64 --size 32 --images 50000 --clients 100 --cohort 20 --rounds 800 --lr 0.1
+    python benchmarks/prism_accuracy.py --data FOLDER --backbone resnet18_cifar --width 64 --size 32 --images 50000 --clients 100 \\
+        --cohort 20 --rounds 2400 --epochs 3 --batch 32 --lr 0.1                  the paper's size, which wants a GPU
 
-The paper (arXiv 2208.13141): about 2 points below the full model, ResNet-18, κ = 0.2, after 2,400 rounds of 60,000 images. Width
+The paper (arXiv 2208.13141): about 2 points below the full model, ResNet-18, κ = 0.2, 2,400 rounds of 30,000 images. Width
 slicing is HeteroFL's fixed prefix of every layer's channels (arXiv 2010.01264), here at half the width, so a quarter of the parameters: no
 less than PriSM holds at 0.2. Where all clients are small, nobody trains the rest of its model: "slice" figures are of the part that
-was trained, which is FedAvg of a narrower network. Group norm throughout: with batch norm, running statistics of sub-models are not those of
-the model they make up. Finished runs are kept in --out and not run again.
+was trained, which is FedAvg of a narrower network. Group norm throughout: with batch norm, running statistics of sub-models are not
+those of the model they make up. Finished runs are kept in --out and not run again.
 """
 
 from __future__ import annotations

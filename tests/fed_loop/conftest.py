@@ -11,7 +11,7 @@ from torch import nn
 
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
-from featherlight.ssl_models import ImageData, MoCoV3, SimCLR
+from featherlight.ssl_models import BYOL, ImageData, MoCoV3, SimCLR
 
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning").setLevel(logging.ERROR)
@@ -101,7 +101,7 @@ class Points:
         return batch
 
 
-SSL = {"simclr": (SimCLR, {}), "mocov3": (MoCoV3, {"momentum": 0.9})}
+SSL = {"simclr": (SimCLR, {}), "byol": (BYOL, {"momentum": 0.9}), "mocov3": (MoCoV3, {"momentum": 0.9})}
 
 
 def small_ssl(method, depth=3, **options):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featherlight.fed_loop import Average, Momentum
 from featherlight.fed_loop.predict import predict
 from featherlight.plugins import Clock, DepthDropout, LayerFreezing, Plugin, PrismSampling, Visit
 from featherlight.plugins.factors import factorise
@@ -263,6 +264,31 @@ def test_a_cohort_smaller_than_all(pictures, federation):
     close(module, wanted)
 
 
+def test_server_momentum_is_on_whole_weights(pictures, federation):
+    """Round 1 is the plain average's, so round 2 starts alike: W₂ = average's W₂ + β·(W₁ − W₀)."""
+
+    def after(rounds, server):
+        data, module = pictures(), ConvNet()
+        federation(rounds, server=server).run(module, data, [PrismSampling(0.5, list(LAYERS), rows=False)])
+        return {name: value.detach().double() for name, value in module.named_parameters()}
+
+    start = {name: value.detach().double() for name, value in ConvNet().named_parameters()}
+    one, two, moved = after(1, Average()), after(2, Average()), after(2, Momentum(momentum=0.5))
+    for name, value in moved.items():
+        torch.testing.assert_close(value, two[name] + 0.5 * (one[name] - start[name]), rtol=0, atol=1e-6)
+    assert not torch.equal(moved["conv2.weight"], two["conv2.weight"])
+
+
+def test_a_principal_start_is_the_server_s_own_and_resumes(pictures, federation, same, tmp_path):
+    """What the first round starts from has been made principal, once: a run in two parts is the run in one."""
+    plugins = [PrismSampling(0.5, list(LAYERS), principal_start=True)]
+    data, whole, parts, other = pictures(), ConvNet(), ConvNet(), ConvNet()
+    federation(2).run(whole, data, copy.deepcopy(plugins))
+    federation(1, folder=tmp_path).run(parts, data, copy.deepcopy(plugins))
+    federation(2, folder=tmp_path).run(other, data, copy.deepcopy(plugins), resume=True)
+    same(whole.state_dict(), other.state_dict())
+
+
 # -- self-supervised --------------------------------------------------------------------------------------------------
 class Look(Plugin):
     """Notes, at every client's first step, whether its module's momentum copy is as small, and the same, and when it is not any more."""
@@ -287,9 +313,10 @@ class Look(Plugin):
         Look.seen.append((clock.step, len(layers), same, all(rows)))
 
 
-def test_the_momentum_copy_is_the_client_s_own_sub_model(ssl, digits, federation):
+@pytest.mark.parametrize("method", ["byol", "mocov3"])
+def test_the_momentum_copy_is_the_client_s_own_sub_model(method, ssl, digits, federation):
     Look.seen.clear()
-    module = ssl("mocov3", depth=2)
+    module = ssl(method, depth=2)
     before = copy.deepcopy(module.state_dict())
     result = federation(2).run(module, digits(num_clients=2), [PrismSampling(0.5, attention=True), Look()])
     steps = [entry for entry in Look.seen if entry[1]]
