@@ -154,6 +154,8 @@ class Run:
         """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""
         self._load_server()
         self.own.begin(clock)
+        if self.processes.size > 1:
+            self.processes.from_first(self.chain.agree())
         self._adopt(clock.period - 1)
 
     def _adopt(self, period: int) -> None:

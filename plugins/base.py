@@ -6,7 +6,7 @@ Lightning callback, a federated loop) call its verbs in a fixed order and know n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -101,6 +101,11 @@ class Plugin:
         """Leave an ordinary ``nn.Module``."""
 
     # -- federated: structure -------------------------------------------------------------------------------------
+    def agree(self) -> Sequence[Tensor]:
+        """Tensors that every process works out for itself and that must be alike in all, once a round, behind :meth:`advance`: the host
+        writes the first process's into them. Not asked where there is one process."""
+        return ()
+
     def narrow(self, visit: Visit) -> nn.Module | None:
         """A really smaller module for this client, or None: the server's own. The same object for clients whose modules are alike."""
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,6 +86,9 @@ class Chain(Plugin):
     def detach(self) -> None:
         for plugin in reversed(self.plugins):
             plugin.detach()
+
+    def agree(self) -> Sequence[Tensor]:
+        return [tensor for plugin in self.plugins for tensor in plugin.agree()]
 
     def narrow(self, visit: Visit) -> nn.Module | None:
         modules = [module for plugin in self.plugins if (module := plugin.narrow(visit)) is not None]

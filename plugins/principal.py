@@ -66,9 +66,9 @@ def find_layers(model: nn.Module, layers: str | Sequence[str], attention: bool, 
                 raise ValueError(f'layer "{pattern}" not found; convolutions and linear layers of this model are {_listed(kinds)}')
         chosen = [path for path in kinds if any(fnmatchcase(path, pattern) for pattern in patterns)]
         for path in chosen:
-            if reason := _why_not(kinds[path]):
+            if reason := _why_not(model, kinds[path]):
                 raise ValueError(f'layer "{path}" cannot be taken apart: {reason}; name others, or use layers="auto"')
-    online = {path for path in chosen if not _why_not(kinds[path])}
+    online = {path for path in chosen if not _why_not(model, kinds[path])}
     chosen = [path for path in kinds if path in online or _leader(path, targets) in online]
     if not chosen:
         raise ValueError(
@@ -121,12 +121,10 @@ def _parameter(like: nn.Parameter, shape: Sequence[int]) -> nn.Parameter:
 
 def _layer(model: nn.Module, path: str, module: Any, rows: bool, targets: dict[str, str]) -> Layer:
     outputs, inputs = module.weight.shape[0], module.weight[0].numel()
-    parent, _, name = path.rpartition(".")
-    behind = norm_behind(model.get_submodule(parent), name) if isinstance(module, nn.Conv2d) else None
+    behind = _behind(model, path) if isinstance(module, nn.Conv2d) else None
     # any other norm would make something of channels that are not there
     samples_rows = rows and (behind is not None or not _normalised(model, path))
-    norm = f"{parent}.{behind}".lstrip(".") if behind is not None and samples_rows else None
-    return Layer(_leader(path, targets), norm, outputs, min(outputs, inputs), samples_rows)
+    return Layer(_leader(path, targets), behind if samples_rows else None, outputs, min(outputs, inputs), samples_rows)
 
 
 def _leader(path: str, targets: dict[str, str]) -> str:
@@ -135,18 +133,40 @@ def _leader(path: str, targets: dict[str, str]) -> str:
 
 
 def _normalised(model: nn.Module, path: str) -> bool:
-    """Whether what the model registers right behind the layer at ``path`` is a norm: behind a linear layer, within its parent; behind a
-    convolution, anywhere, since the norms of some networks stand a level above or in the next block."""
+    """Whether a norm that is not known to be another layer's may see the outputs of the one at ``path``: what the model registers next
+    (behind a linear layer, within its parent); for a convolution, also any of as many channels: forward passes have their own order."""
+    layer: Any = model.get_submodule(path)
+    is_conv = isinstance(layer, nn.Conv2d)
+    if is_conv:
+        taken = {_behind(model, other) for other, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        norms = [module for other, module in model.named_modules() if _is_norm(module) and other not in taken]
+        if any(_channels(norm) == layer.out_channels for norm in norms):
+            return True
     leaves = [(other, module) for other, module in model.named_modules() if not list(module.children())]
     place = next(index for index, (other, _) in enumerate(leaves) if other == path)
-    within = "" if isinstance(leaves[place][1], nn.Conv2d) else path.rpartition(".")[0]
+    within = "" if is_conv else path.rpartition(".")[0]
     for other, module in leaves[place + 1 :]:
         if not f"{other}.".startswith(f"{within}." if within else ""):
             return False
-        is_norm = "norm" in type(module).__name__.lower()
-        if is_norm or any(True for _ in module.parameters()):
-            return is_norm
+        if _is_norm(module) or any(True for _ in module.parameters()):
+            return _is_norm(module)
     return False
+
+
+def _behind(model: nn.Module, path: str) -> str | None:
+    """The path of the norm that is registered right behind the convolution at ``path``."""
+    parent, _, name = path.rpartition(".")
+    norm = norm_behind(model.get_submodule(parent), name)
+    return None if norm is None else f"{parent}.{norm}".lstrip(".")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+
+
+def _channels(norm: Any) -> int | None:
+    """Of how many channels ``norm`` is; None where it does not say."""
+    return getattr(norm, "num_features", None) or getattr(norm, "num_channels", None)
 
 
 def _is_auto(path: str, module: nn.Module, attention: bool) -> bool:
@@ -155,14 +175,16 @@ def _is_auto(path: str, module: nn.Module, attention: bool) -> bool:
     return bool(MLP.search(path) or (attention and ATTENTION.search(path)))
 
 
-def _why_not(module: nn.Module) -> str:
+def _why_not(model: nn.Module, module: nn.Module) -> str:
     """Why a layer cannot be taken apart, or nothing."""
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"it convolves in {module.groups} groups, whose kernels see different channels"
     if type(module) not in LAYERS:
         return f"it is a {type(module).__name__}, of which only the class it is derived from is known"
-    if getattr(module, "parametrizations", None) is not None:
+    if getattr(module, "parametrizations", None) is not None or "weight" not in module._parameters:
         return "its weight is made by a parametrization"
+    if sum(getattr(other, "weight", None) is module.weight for other in model.modules()) > 1:
+        return "its weight is another layer's, too"
     return ""
 
 

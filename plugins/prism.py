@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,9 @@ class PrismSampling(Plugin):
         power: k: 2.5 for IID clients, 4 for others (the paper's).
         warmup_periods: rounds at the beginning in which every client gets the most important kernels (the paper: 50).
         rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink.
-        principal_start: for random weights: when the plugin is first attached, kernels beyond the (smallest) κ are scaled by 0.1
+        principal_start: for random weights: as period 0 begins, kernels beyond the (smallest) κ are scaled by 0.1
             (:func:`featherlight.plugins.factors.concentrate`; ours), so that clients hold nearly all of the model's energy. Otherwise
             the whole model is, until training has made its spectra fall, mostly what its clients do not see.
-        targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
 
     Raises:
         ValueError: a share or power out of its range; on attach, nothing to take apart, or another plugin came before.
@@ -65,14 +65,15 @@ class PrismSampling(Plugin):
         warmup_periods: int = 0,
         rows: bool = True,
         principal_start: bool = False,
-        targets: Literal["auto"] | dict[str, str] = "auto",
     ) -> None:
         shares = keep if isinstance(keep, dict) else {keep: 1.0}
-        if not shares or not all(0 < ratio <= 1 for ratio in shares):
+        if not shares or not all(isinstance(ratio, int | float) and 0 < ratio <= 1 for ratio in shares):
             raise ValueError(f"keep={keep}: give a share above 0 and up to 1, or {{share: part of the clients}}")
-        if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
-            raise ValueError(f"keep={keep}: the parts of the clients must add up to 1; they add up to {sum(shares.values()):g}")
-        if power < 0:
+        if not all(part > 0 for part in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
+            raise ValueError(
+                f"keep={keep}: the parts of the clients must be above 0 and add up to 1; they add up to {sum(shares.values()):g}"
+            )
+        if not 0 <= power < inf:
             raise ValueError(f"power={power}: give 0 (all kernels alike) or more")
         if warmup_periods < 0:
             raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more")
@@ -83,16 +84,20 @@ class PrismSampling(Plugin):
         self.warmup_periods = warmup_periods
         self.rows = rows
         self.principal_start = principal_start
-        self.targets = targets
         self._shares = dict(sorted(shares.items()))
+        self._in_place = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """As if no model had been seen yet."""
+        self._layers: dict[str, Layer] = {}
+        self._modules: dict[float, nn.Module] = {}
+        self._small: dict[str, Any] = {}
         self._factors: dict[str, Factors] = {}
-        self._odds: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
         self._stale = True
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
-        self._in_place = False
-        self._started = False
         self._changed: list[nn.Module] = []
         self._resting: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
@@ -118,6 +123,7 @@ class PrismSampling(Plugin):
 
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
+        self._forget()
         self._model = model
         self._small = sampled_layers(model)
         if self._small:  # a client's: what the server's instance made
@@ -125,7 +131,7 @@ class PrismSampling(Plugin):
             return
         if any(isinstance(module, Bypass) for module in model.modules()):
             raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
-        targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
+        targets = find_targets(model)
         layers = find_layers(model, self.layers, self.attention, self.rows, targets)
         if any(isinstance(module, nn.BatchNorm2d) and module.running_mean is not None for module in model.modules()):
             warnings.warn(
@@ -134,13 +140,7 @@ class PrismSampling(Plugin):
                 stacklevel=2,
             )
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
-        self._followed = targets
-        if self.principal_start and not self._started:
-            self._started = True  # a model that is trained a second time is no random one
-            with torch.no_grad():
-                for path in layers:
-                    weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
-                    weight.copy_(factors.concentrate(weight, min(self._shares)))
+        self._followed, self._all = targets, list(layers)
         if self._in_place:
             self._changed = sample_in_place(model, layers, next(iter(self._shares)))
             self._mark(sampled_layers(model))
@@ -148,6 +148,8 @@ class PrismSampling(Plugin):
             self._modules = {ratio: shrink(model, layers, ratio) for ratio in self._shares}
 
     def advance(self, clock: Clock) -> Change:
+        if self.principal_start and clock == Clock(0, 0) and not self._small:
+            self._concentrate()
         if self._in_place:
             new = clock.step == 0
             factors_of = sampled_layers(self._model).values()
@@ -171,7 +173,7 @@ class PrismSampling(Plugin):
     def detach(self) -> None:
         for module in self._changed:
             make_whole(module)
-        self._changed, self._resting, self._small = [], [], {}
+        self._forget()
 
     def after_backward(self, clock: Clock) -> None:
         for layer in (sampled_layers(self._model) if self._in_place else self._small).values():
@@ -182,6 +184,12 @@ class PrismSampling(Plugin):
                 layer.v.grad += of_v.view_as(layer.v)
 
     # -- federated ------------------------------------------------------------------------------------------------
+    def agree(self) -> Sequence[Tensor]:
+        """The round's factors, since signs and bases of equal σ are the machine's choice, and the weights that they are of."""
+        self._factorise()
+        weights = [held(self._model)[f"{path}.weight"].detach() for path in self._factors]
+        return weights + [part for layer in self._factors.values() for part in layer]
+
     def narrow(self, visit: Visit) -> nn.Module:
         return self._modules[self.keep_of(visit.client)]
 
@@ -207,7 +215,8 @@ class PrismSampling(Plugin):
         entries: dict[str, Any] = dict(message)
         for path, pick in self._picks(visit).items():
             layer, u, v = self._layers[path], f"{path}.u", f"{path}.v"
-            if u in message:
+            if u in message or v in message:
+                self._check(path, pick, message)
                 entries[u] = _place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
                 entries[v] = _place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
             if pick.rows is not None:
@@ -240,6 +249,12 @@ class PrismSampling(Plugin):
         return self._figures
 
     # -- helpers --------------------------------------------------------------------------------------------------
+    def _concentrate(self) -> None:
+        with torch.no_grad():
+            for path in self._all:
+                weight: Tensor = self._model.get_submodule(path).weight  # type: ignore[assignment]
+                weight.copy_(factors.concentrate(weight, min(self._shares)))
+
     def _mark(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
             layer.u._own_decay = layer.v._own_decay = 0.0
@@ -258,7 +273,6 @@ class PrismSampling(Plugin):
             drawn = True
             weight = module.whole_weight().detach()
             self._factors[path] = factors.factorise(weight)
-            self._odds[path] = factors.importance(self._factors[path].values, self.power)
             pick = self._pick(path, layer, self.keep_of(0), visit)
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
             module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)
@@ -272,10 +286,9 @@ class PrismSampling(Plugin):
         """Take the server's weights apart, once a round and when asked: plugins behind this one say in `advance` what is there."""
         present = held(self._model)
         weights = {path: present[f"{path}.weight"] for path in self._layers if f"{path}.weight" in present}
-        versions = {path: weight._version for path, weight in weights.items()}
+        versions = {path: (id(weight), weight._version) for path, weight in weights.items()}
         if versions != self._versions:  # in a prediction nothing ever changes
             self._factors = factors.factorise_all(weights)
-            self._odds = {path: factors.importance(layer.values, self.power) for path, layer in self._factors.items()}
             self._versions = versions
         self._picked, self._stale = (None, {}), False
 
@@ -289,7 +302,7 @@ class PrismSampling(Plugin):
         return self._picked[1]
 
     def _pick(self, path: str, layer: Layer, keep: float, visit: Visit) -> Pick:
-        size, odds = layer.kernels_at(keep), self._odds[path]
+        size, odds = layer.kernels_at(keep), factors.importance(self._factors[path].values, self.power)
         if visit.round < self.warmup_periods:
             kernels = torch.arange(size)
         else:
@@ -297,6 +310,14 @@ class PrismSampling(Plugin):
         rows = _draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
         device = odds.device
         return Pick(kernels.to(device), None if rows is None else rows.to(device))
+
+    def _check(self, path: str, pick: Pick, message: Mapping[str, Any]) -> None:
+        rows = self._layers[path].outputs if pick.rows is None else len(pick.rows)
+        whole: Any = self._model.get_submodule(path)
+        for name, shape in ((f"{path}.u", (rows, len(pick.kernels))), (f"{path}.v", (len(pick.kernels), *whole.weight.shape[1:]))):
+            given = tuple(message[name].shape) if name in message else "nothing"
+            if given != shape:
+                raise ValueError(f"{name}: the client holds a part of shape {shape}, and sent {given}")
 
     def _per_row(self, layer: Layer, path: str, message: Mapping[str, Any]) -> list[str]:
         """Entries that have one figure for each of the layer's rows."""

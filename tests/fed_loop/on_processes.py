@@ -55,6 +55,23 @@ def sampled(toys, settings):
     return Federation(4, cohort=3, clip=5.0, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
 
 
+class Turned(PrismSampling):
+    """A machine whose singular vectors have the other sign: nothing that they say is wrong, only another basis."""
+
+    def _factorise(self):
+        super()._factorise()
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            for layer in self._factors.values():
+                layer.u.neg_()
+                layer.v.neg_()
+
+
+def turned(toys, settings):
+    """The second process works in another basis of the same factors, until it is told the first one's."""
+    plugins = [Turned({0.3: 0.5, 0.6: 0.5}, layers="blocks.*", principal_start=True)]
+    return Federation(3, cohort=3, clip=5.0, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
+
+
 def projected(toys, settings):
     """Two subspaces of which clients draw, anew every two rounds, blocks left out besides, a client rejected."""
     data = toys.Points([10, 3, 14, 6])

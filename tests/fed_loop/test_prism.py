@@ -279,6 +279,13 @@ def test_server_momentum_is_on_whole_weights(pictures, federation):
     assert not torch.equal(moved["conv2.weight"], two["conv2.weight"])
 
 
+def test_a_plugin_serves_a_second_run(pictures, federation, same):
+    plugins, modules = [PrismSampling(0.5, list(LAYERS))], [ConvNet(), ConvNet()]
+    for module in modules:
+        federation(2).run(module, pictures(), plugins)
+    same(*(module.state_dict() for module in modules))
+
+
 def test_a_principal_start_is_the_server_s_own_and_resumes(pictures, federation, same, tmp_path):
     """What the first round starts from has been made principal, once: a run in two parts is the run in one."""
     plugins = [PrismSampling(0.5, list(LAYERS), principal_start=True)]

@@ -29,7 +29,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(
     ("launcher", "names"),
-    [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "projected", "remembered", "sketched"])],
+    [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched"])],
 )
 def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # threads are the run's own to choose

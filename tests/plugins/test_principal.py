@@ -107,6 +107,13 @@ class Own(nn.Linear):
     pass
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Embedding(4, 6), nn.Linear(6, 4, bias=False)
+        self.two.weight = self.one.weight
+
+
 @pytest.mark.parametrize(
     ("model", "layers", "says"),
     [
@@ -114,6 +121,8 @@ class Own(nn.Linear):
         (nn.Sequential(*(nn.Linear(2, 2) for _ in range(11))), ["a"], r"are 0, 1, 2, 3, 4, 5, 6, 7 and 3 more"),
         (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), ["0"], r'layer "0" cannot be taken apart: it convolves in 2 groups'),
         (nn.Sequential(Own(4, 4)), ["0"], r'layer "0" cannot be taken apart: it is a Own'),
+        (nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4))), "0", r'layer "0" cannot be taken apart: its weight is made by a'),
+        (Tied(), "two", r'layer "two" cannot be taken apart: its weight is another layer\'s, too'),
         (
             nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
             ["0"],
@@ -122,7 +131,7 @@ class Own(nn.Linear):
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), "auto", r"nothing to take apart: .* layers=\[\.\.\.\]: 0, 1"),
         (nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "auto", r"nothing to take apart"),
     ],
-    ids=["pattern", "many", "groups", "subclass", "parametrized", "nothing", "only-groups"],
+    ids=["pattern", "many", "groups", "subclass", "spectral", "tied", "parametrized", "nothing", "only-groups"],
 )
 def test_mistakes_are_answered(model, layers, says):
     with pytest.raises(ValueError, match=says):
@@ -221,9 +230,12 @@ def conv(outputs=6):
         # a norm that is not known to take some channels alone: all rows
         (Block(conv=conv(), norm=nn.InstanceNorm2d(6, affine=True)), None, False),
         (Block(conv=conv(), bn=nn.BatchNorm2d(12)), None, False),
-        (Block(bn=nn.BatchNorm2d(6), conv=conv()), None, True),  # in front
+        # nor one that the forward pass may well call behind it
+        (Block(bn=nn.BatchNorm2d(6), conv=conv()), None, False),
+        (Block(conv=conv(), convs=nn.ModuleList([conv(5)]), norms=nn.ModuleList([nn.GroupNorm(2, 6), nn.GroupNorm(1, 5)])), None, False),
+        (Block(bn=nn.BatchNorm2d(4), conv=conv()), None, True),
     ],
-    ids=["batch", "group", "none", "another's", "instance", "another width", "in front"],
+    ids=["batch", "group", "none", "another's", "instance", "another width", "in front", "in a list", "the inputs'"],
 )
 def test_a_norm_pairs_with_the_layer_that_it_is_registered_right_behind(block, norm, samples_rows):
     model = Block(stem=nn.Conv2d(3, 4, 3), block=block)

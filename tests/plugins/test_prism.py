@@ -71,9 +71,13 @@ def held_by(plugin, model, visit):
         ({"keep": float("nan")}, r"keep=nan"),
         ({"keep": {}}, r"keep=\{\}"),
         ({"keep": {0.2: 0.6, 1.5: 0.4}}, r"give a share above 0 and up to 1"),
-        ({"keep": {0.2: 0.6, 0.4: 0.3}}, r"must add up to 1; they add up to 0\.9"),
-        ({"keep": {0.2: 1.5, 0.4: -0.5}}, r"must add up to 1"),
+        ({"keep": {0.2: 0.6, 0.4: 0.3}}, r"must be above 0 and add up to 1; they add up to 0\.9"),
+        ({"keep": {0.2: 1.5, 0.4: -0.5}}, r"must be above 0"),
         ({"power": -1}, r"power=-1: give 0 \(all kernels alike\) or more"),
+        ({"power": float("nan")}, r"power=nan: give 0"),
+        ({"keep": {"0.2": 1.0}}, r"keep=.*: give a share above 0"),
+        ({"keep": {0.2: float("nan"), 0.4: 1.0}}, r"must be above 0 and add up to 1"),
+        ({"keep": {0.2: 0.0, 0.4: 1.0}}, r"must be above 0 and add up to 1"),
         ({"warmup_periods": -1}, r"warmup_periods=-1: give 0 or more"),
     ],
 )
@@ -85,7 +89,7 @@ def test_mistakes_are_answered(arguments, says):
 def test_what_describes_a_run_is_the_arguments():
     arguments = {"keep": {0.2: 0.5, 0.4: 0.5}, "layers": ["a"], "attention": True, "power": 3.0, "warmup_periods": 5, "rows": False}
     arguments["principal_start"] = True
-    assert PrismSampling(**arguments).describe() == {**arguments, "targets": "auto"}
+    assert PrismSampling(**arguments).describe() == arguments
 
 
 @pytest.mark.parametrize("other", [DepthDropout, LayerFreezing])
@@ -442,19 +446,69 @@ def energy(weight, share):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_principal_start_leaves_nearly_all_energy_to_clients_and_happens_once(in_place):
+def test_a_principal_start_leaves_nearly_all_energy_to_clients(in_place):
     """With everything beyond at most a tenth, the rest of 3 in 4 kernels has at most 3·0.01 of what the first have."""
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3))
     length = [float(model[place].weight.detach().norm()) for place in (0, 2)]
     plugin = PrismSampling({0.25: 0.5, 0.5: 0.5} if not in_place else 0.25, layers="*", principal_start=True)
     plugin = plugin.in_place() if in_place else plugin
-    before = energy(model[0].weight, 0.25)
+    assert energy(model[0].weight, 0.25) < 0.6
     plugin.attach(model)
-    assert before < 0.6
+    plugin.advance(Clock(0, 0))
+    plugin.detach()
     assert all(energy(model[place].weight, 0.25) > 1 / 1.03 for place in (0, 2))
     assert [float(model[place].weight.detach().norm()) for place in (0, 2)] == pytest.approx(length, rel=1e-5)
-    plugin.detach()
-    trained = [value.detach().clone() for value in model.parameters()]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_training_from_the_start_changes_weights(in_place):
+    """Not attaching (evaluation attaches, and so does a chain that is refused), not a later period."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16))
+    before = model[0].weight.detach().clone()
+    plugin = PrismSampling(0.25, layers="*", principal_start=True)
+    plugin = plugin.in_place() if in_place else plugin
     plugin.attach(model)
+    plugin.advance(Clock(3, 0))
+    plugin.advance(Clock(0, 5))
     plugin.detach()
-    assert all(torch.equal(*pair) for pair in zip(trained, model.parameters(), strict=True))
+    assert torch.equal(model[0].weight, before)
+
+
+# -- one plugin, several models ---------------------------------------------------------------------------------------
+def test_a_second_model_gets_its_own_factors():
+    """Equally made models have weights of equal version, and here of equal shape."""
+    plugin, sent = PrismSampling(0.5, layers="*"), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(4, 6, 3))
+        plugin.attach(model)
+        plugin.advance(Clock(0, 0))
+        sent.append(plugin.encode_down(dict(model.state_dict()), Visit(0, 0, 0)))
+        plugin.detach()
+        again = PrismSampling(0.5, layers="*")
+        again.attach(model)
+        again.advance(Clock(0, 0))
+        for name, value in again.encode_down(dict(model.state_dict()), Visit(0, 0, 0)).items():
+            assert torch.equal(value, sent[-1][name]), name
+    assert not torch.equal(sent[0]["0.u"], sent[1]["0.u"])
+
+
+# -- updates that do not fit ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update({"3.u": m["3.u"][:1]}), r"3\.u: the client holds a part of shape \(\d+, \d+\), and sent \(1, \d+\)"),
+        (lambda m: m.update({"3.v": m["3.v"].flatten(1)}), r"3\.v: the client holds a part of shape"),
+        (lambda m: m.pop("3.v"), r"3\.v: the client holds a part of shape .*, and sent nothing"),
+    ],
+    ids=["rows", "flat", "missing"],
+)
+def test_an_update_of_another_shape_is_named(change, says):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    plugin = PrismSampling(0.5, layers="*")
+    plugin.attach(model)
+    plugin.advance(Clock(0, 0))
+    message = plugin.encode_down(dict(model.state_dict()), Visit(0, 0, 0))
+    change(message)
+    with pytest.raises(ValueError, match=says):
+        plugin.decode(message, Visit(0, 0, 0))
