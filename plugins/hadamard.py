@@ -33,8 +33,8 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     return _Transform.apply(x)
 
 
-def passes(x: Tensor, spare: Tensor, given: int | None = None, wanted: int | None = None) -> Tensor:
-    """H along the middle axis of ``x`` (outer, 2ⁿ, inner), which is used up as ``spare`` is; the one that holds the result is returned.
+def passes(x: Tensor, spare: Tensor, given: int | None = None, wanted: int | None = None) -> tuple[Tensor, Tensor]:
+    """H along the middle axis of ``x`` (outer, 2ⁿ, inner), in ``x`` or in ``spare``: the one that holds the result, and the other.
 
     Args:
         x, spare: contiguous, of one shape.
@@ -47,7 +47,7 @@ def passes(x: Tensor, spare: Tensor, given: int | None = None, wanted: int | Non
         steps.append((size, stride))
         stride *= size
     for size, stride in steps[::-1] if given is not None else steps:  # the outermost factor leaves out most, at either end
-        matrix = _HADAMARD[size].to(x)
+        matrix = _HADAMARD[size].to(x, copy=True)  # one that a meter of live memory sees come and go
         if stride == 1:
             torch.mm(x.view(-1, size), matrix, out=spare.view(-1, size))
         elif outer == 1 and size * stride == length * inner:
@@ -59,7 +59,7 @@ def passes(x: Tensor, spare: Tensor, given: int | None = None, wanted: int | Non
             blocks = x.view(-1, size, stride)
             torch.bmm(matrix.expand(len(blocks), size, size), blocks, out=spare.view(-1, size, stride))
         x, spare = spare, x
-    return x
+    return x, spare
 
 
 class _Transform(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _Transform(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         work = x.clone(memory_format=torch.contiguous_format).view(-1, x.shape[-1], 1)
-        return passes(work, torch.empty_like(work)).view(x.shape)
+        return passes(work, torch.empty_like(work))[0].view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Fastfood(Projection):
             columns = slice(index * width, (index + 1) * width)
             torch.index_select(table[index], 0, kinds, out=panel)
             panel.mul_(spare.copy_(normal))  # a product of two types takes three times as long
-            mixed = passes(panel[None], spare[None], wanted=used)[0]
+            mixed = passes(panel[None], spare[None], wanted=used)[0][0]
             rows[:, columns] = mixed[: len(rows)]
             tail[:, columns] = mixed[len(rows) : used]
         self._along(rows)
@@ -158,8 +158,7 @@ class Fastfood(Projection):
             panel[: len(rows)] = rows[:, columns]
             panel[len(rows) : used] = tail[:, columns]
             panel[used:] = 0
-            mixed = passes(panel[None], spare[None], given=used)[0]
-            other = spare if mixed.data_ptr() == panel.data_ptr() else panel
+            mixed, other = (each[0] for each in passes(panel[None], spare[None], given=used))
             mixed.mul_(other.copy_(normal))
             torch.index_select(mixed, 0, together, out=other)
             torch.sum(other.view(count, -1, width), 1, out=sums[index])
@@ -205,7 +204,7 @@ class Fastfood(Projection):
         """H along every row, in place."""
         for chunk in rows.split(max(1, PANEL // rows.shape[1])) if len(rows) else ():
             work = chunk.unsqueeze(-1)
-            done = passes(work, torch.empty_like(work))
+            done, _ = passes(work, torch.empty_like(work))
             if done is not work:
                 work.copy_(done)
 
