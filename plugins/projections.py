@@ -225,27 +225,23 @@ class SparseSigns(Projection):
         self._of_place = torch.randint(0, 2, (rows + dim - 1,), generator=random).mul_(2).sub_(1).to(torch.int8)
 
     def _lift(self, z: Tensor, out: Tensor) -> None:
-        for block, of_row, of_place, begin, end, place in self._blocks(out):
+        for block, of_row, signs, places in self._blocks(out):
             step = max(1, TILE // len(block))
-            for first in range(begin, end, step):
-                part = block[:, first : min(first + step, end)]
-                at, length = place + first - begin, part.shape[1]
-                torch.mul(of_place.narrow(1, at, length), z.narrow(0, at, length), out=part)
+            for part, sign, value in zip(block.split(step, 1), signs.split(step, 1), z[places].split(step)):
+                torch.mul(sign, value, out=part)
                 part.mul_(of_row)
 
     def _project(self, g: Tensor, use_up: bool) -> Tensor:
         z, room = g.new_zeros(self.dim), g.new_empty(max(TILE, BLOCK // self.dim))
-        for block, of_row, of_place, begin, end, place in self._blocks(g):
+        for block, of_row, signs, places in self._blocks(g):
             step, weights = max(1, TILE // len(block)), of_row[:, 0]
-            for first in range(begin, end, step):
-                part = block[:, first : min(first + step, end)]
-                at, length = place + first - begin, part.shape[1]
-                signed = torch.mul(part, of_place.narrow(1, at, length), out=room[: part.numel()].view(part.shape))
-                z.narrow(0, at, length).addmv_(signed.T, weights)
+            for part, sign, total in zip(block.split(step, 1), signs.split(step, 1), z[places].split(step)):
+                signed = torch.mul(part, sign, out=room[: part.numel()].view(part.shape))
+                total.addmv_(signed.T, weights)
         return z
 
-    def _blocks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int, int, int]]:
-        """Of (D,) as rows of d: some rows, their r (rows, 1) and s[ρ + p] (rows, d), a range of their columns, and at which p it begins."""
+    def _blocks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, slice]]:
+        """Of (D,) as rows of d: columns of some rows; r, (rows, 1); s[ρ + p], as the columns; at which places p these are."""
         offsets = Random(derive(self.seed, "offsets", self.size, self.dim))
         of_row, of_place = self._of_row.to(flat)[:, None], self._of_place.to(flat).unfold(0, self.dim, 1)
         whole, rest = divmod(self.size, self.dim)
@@ -254,8 +250,10 @@ class SparseSigns(Projection):
         for first, count, length in blocks:
             offset, rows = offsets.randrange(self.dim), slice(first, first + count)
             block = flat[first * self.dim :][: count * length].view(count, length)
-            for begin, end, place in ((0, min(self.dim - offset, length), offset), (self.dim - offset, length, 0)):
-                yield block, of_row[rows], of_place[rows], begin, end, place
+            turn = min(self.dim - offset, length)  # the column that is at place 0, if any
+            for columns, places in ((slice(0, turn), slice(offset, offset + turn)), (slice(turn, length), slice(0, length - turn))):
+                if columns.start < columns.stop:
+                    yield block[:, columns], of_row[rows], of_place[rows, places], places
 
 
 PROJECTIONS: dict[str, type[Projection]] = {"fastfood": Fastfood, "sparse_signs": SparseSigns}
