@@ -16,6 +16,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 
+from featherlight.fed_loop.wire import pack, unpack
+from featherlight.plugins.base import Message
+
 
 class Processes:
     """One or several processes on one or several hosts.
@@ -90,6 +93,19 @@ class Processes:
         if self.size > 1:
             for value in values:
                 torch.distributed.broadcast(value, src=0)
+
+    def share(self, message: Message) -> Message:
+        """Everybody's entries as one message, bit for bit; names must differ."""
+        if self.size == 1:
+            return message
+        payload = pack(message)
+        shared: Message = {}
+        for rank, length in enumerate(self.gather(len(payload))):
+            data = bytearray(payload if rank == self.rank else length)
+            values = torch.frombuffer(data, dtype=torch.uint8).to(self._outer.device)
+            torch.distributed.broadcast(values, src=rank)
+            shared |= unpack(values.cpu().numpy().tobytes(), limit=length)
+        return shared
 
     def gather(self, item: Any) -> list[Any]:
         """Everybody's ``item`` (plain data), in the order of ranks: as JSON, since nothing here is ever unpickled."""
