@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from featherlight.plugins.base import Clock, Message, Plugin, Visit
 from featherlight.plugins.projections import PROJECTIONS, Projection
@@ -185,7 +186,11 @@ class IntrinsicProjection(Plugin):
                 f"{strangers[0]} is not a parameter of the server's model that trains in this round: clients with modules of their own, "
                 "smaller ones, have no subspace in common; leave one of the two methods out"
             )
-        change = self._flat({name: message.get(name, parameters[name].new_zeros(()).expand(parameters[name].shape)) for name in span.names})
+        values = {name: message.get(name, parameters[name].new_zeros(()).expand(parameters[name].shape)) for name in span.names}
+        first = next(iter(values.values()))
+        if isinstance(first, FakeTensor):  # a prediction asks for the shape alone; hundreds of products without data take minutes
+            return {f"{PREFIX}.z": first.new_zeros(self.dim), **others}
+        change = self._flat(values)
         z = self._map(span.number, self._which(visit)).project_(change) * self._gain(change.numel())
         return {f"{PREFIX}.z": z, **others}
 

@@ -202,11 +202,14 @@ class Fastfood(Projection):
 
     def _along(self, rows: Tensor) -> None:
         """H along every row, in place."""
-        for chunk in rows.split(max(1, PANEL // rows.shape[1])) if len(rows) else ():
-            work = chunk.unsqueeze(-1)
-            done, _ = passes(work, torch.empty_like(work))
-            if done is not work:
-                work.copy_(done)
+        if not len(rows):
+            return
+        at_once = max(1, PANEL // rows.shape[1])
+        spare = torch.empty_like(rows[:at_once, :, None])
+        for chunk in rows.unsqueeze(-1).split(at_once):
+            done, _ = passes(chunk, spare[: len(chunk)])
+            if done is not chunk:
+                chunk.copy_(done)
 
 
 class SparseSigns(Projection):
