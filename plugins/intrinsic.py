@@ -42,6 +42,11 @@ class IntrinsicProjection(Plugin):
     and is sent the Σ_k that it does not hold yet. Static with the defaults; ``subspaces`` K > 1: K-subspace; ``periods_per_span``:
     time-varying.
 
+    Which learning rate: the part of a step that lies in the subspace is √(d/D) as long as the step. With ``gain="projection"`` the model
+    moves by that part, so the full model's rate η is the lowest of use and η·D/d the highest (with ``gain="unbiased"``: η·d/D and η);
+    in ``space="gradient"`` the local steps are whole ones and want η itself, and the gain alone says how far their change carries.
+    Tune over decades: where training is stable, larger is better.
+
     The server's step must be the plain average. What is no parameter (running statistics) travels as it is. Under a Trainer, every
     optimizer step is projected, whatever the optimizer, so that the model trains in a subspace of d dimensions (arXiv 1804.08838).
 
@@ -160,13 +165,15 @@ class IntrinsicProjection(Plugin):
                 if span.changed[which] >= 0:
                     vectors[f"{PREFIX}.{span.number}.{which}@{span.changed[which]}"] = span.sums[which].float()
         missing = [name for name in vectors if name not in kept]
-        size, covered = self._spans[-1].size, set(self._spans[-1].names)
+        now = set(self._spans[-1].names)
+        resting = {name for span in self._spans[:-1] for name in span.names} - now  # where their spans' vectors left them
+        size = self._spans[-1].size + sum(message[name].numel() for name in resting if name in message)
         stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
         if stranger or len(missing) * self.dim >= size:
-            held_now = {f"{PREFIX}.start@0": message[next(iter(covered))].new_zeros(0)}
+            held_now = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
             return message | held_now | {name: vector.new_zeros(0) for name, vector in vectors.items()}
         start = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
-        return {name: value for name, value in message.items() if name not in covered} | start | vectors
+        return {name: value for name, value in message.items() if name not in now | resting} | start | vectors
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         rest = {name: value for name, value in message.items() if not name.startswith(f"{PREFIX}.")}
@@ -286,7 +293,7 @@ class IntrinsicProjection(Plugin):
             position = position.float()
         sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=position.device)
         for span in self._spans:  # only their sums are needed any more, by those who were away
-            span.position, span.names = position.new_zeros(0), []
+            span.position = position.new_zeros(0)
         self._spans.append(_Span(len(self._spans), list(live), size, position, sums, [-1] * self.subspaces))
         self._maps = {}
 

@@ -126,7 +126,7 @@ def _transformer(architecture: str, options: dict[str, Any]) -> Any:
     unknown = [name for name in options if not hasattr(default, name)]
     if unknown:
         raise ValueError(f'"{unknown[0]}" is no option of {architecture}\'s configuration; it has {", ".join(sorted(default.to_dict()))}')
-    config = CONFIG_MAPPING[architecture](**options)
+    config = CONFIG_MAPPING[architecture](**{"bos_token_id": None, "eos_token_id": None, **options})  # no sequence here begins or ends
     if not getattr(config, "tie_word_embeddings", True):
         raise ValueError(f"{architecture} has output scores apart from its embeddings here; set tie_word_embeddings: true in config")
     return AutoModel.from_config(config)

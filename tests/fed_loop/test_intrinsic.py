@@ -311,6 +311,22 @@ def test_with_layer_freezing(grow, net, points, federation, cost_of):
     same_but_for_the_peak(cost_of(predict(settings, lambda: net(sgd), data, plugins())), cost_of(result.cost))
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_what_a_stage_froze_is_not_sent_again(rounds, net, points, federation, cost_of):
+    """Clients know it from the stage's last Σ: d numbers and two blocks' statistics, none of the 144 parameters that stay as they are."""
+    dim, data, traffic = 30, points([8, 8]), []
+
+    def plugins():
+        return [IntrinsicProjection(dim), LayerFreezing("blocks.*")]
+
+    predicted = predict(federation(rounds), lambda: net(sgd), data, plugins(), last_traffic=traffic.append)
+    statistics = 2 * 8 * 4 + 8  # of a block's norm
+    assert traffic[0].down == 2 * (4 * dim + 2 * statistics)
+    assert traffic[0].up == 2 * (4 * dim + statistics)
+    measured = federation(rounds).run(net(sgd), data, plugins())
+    assert cost_of(predicted) == cost_of(measured.cost)
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
 def test_with_depth_dropout(order, net, points, federation, cost_of):
     """One subspace, whatever blocks a client leaves out: those did not change."""
