@@ -7,7 +7,7 @@ different sizes take different numbers of steps, and gradients of different clie
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,20 @@ class Processes:
         if self.size > 1:
             for value in values:
                 torch.distributed.broadcast(value, src=0)
+
+    def share(self, own: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Everybody's messages by number, each number being one process's own."""
+        if self.size == 1:
+            return dict(own)
+        shared: dict[int, bytes] = {}
+        for rank, entries in enumerate(self.gather([[number, len(message)] for number, message in own.items()])):
+            for number, length in entries:
+                mine = rank == self.rank
+                raw = torch.frombuffer(bytearray(own[number]), dtype=torch.uint8) if mine else torch.empty(length, dtype=torch.uint8)
+                raw = raw.to(self._outer.device)
+                torch.distributed.broadcast(raw, src=rank)
+                shared[number] = raw.cpu().numpy().tobytes()
+        return shared
 
     def gather(self, item: Any) -> list[Any]:
         """Everybody's ``item`` (plain data), in the order of ranks: as JSON, since nothing here is ever unpickled."""

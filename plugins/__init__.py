@@ -6,6 +6,8 @@ from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
+from featherlight.plugins.partition import Partition
+from featherlight.plugins.partitioned_training import PartitionedTraining
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
@@ -19,6 +21,8 @@ __all__ = [
     "IntrinsicProjection",
     "LayerFreezing",
     "Message",
+    "Partition",
+    "PartitionedTraining",
     "Plugin",
     "PrismSampling",
     "ProgressiveGrowth",
