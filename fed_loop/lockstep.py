@@ -1,4 +1,4 @@
-"""One training step that device and server take together: activations up, the rest on the server, gradients down or a loss on the device."""
+"""One training step that device and server take together: activations up, then gradients down, or a loss on the device."""
 
 from __future__ import annotations
 
@@ -191,5 +191,3 @@ def _next(given: Iterator[tuple[tuple[str, tuple[int, ...]], Tensor]], branch: s
     if (wanted, len(value)) != (branch, rows):
         raise RuntimeError(f'a training step went through the front otherwise than before: "{branch}" with {rows} samples')
     return value
-
-

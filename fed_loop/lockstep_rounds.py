@@ -20,7 +20,7 @@ from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.trainees import Trainee
 from featherlight.fed_loop.turn import Turn
-from featherlight.fed_loop.two_parts import device_plan, passes
+from featherlight.fed_loop.two_parts import device_plan, passes, server_plan
 from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Clock, Message, Partition, Visit
 from featherlight.plugins.optimizer_state import clear
@@ -58,9 +58,7 @@ class LockstepRounds:
     def settle(self, partition: Partition, round: int) -> None:
         """Nothing is kept."""
 
-    def _turn(
-        self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger
-    ) -> tuple[Turn, Message]:
+    def _turn(self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger) -> tuple[Turn, Message]:
         started = time.perf_counter()
         own = self._own
         plan = own.plan(visit)
@@ -105,7 +103,15 @@ class LockstepRounds:
         return turn, self._update(partition, plan, device, turn, samples, (bytes_down, bytes_up), device_seconds, started)
 
     def _update(
-        self, partition: Partition, plan: Plan, device: Plan, turn: Turn, samples: int, traffic: tuple[int, int], seconds: float, started: float
+        self,
+        partition: Partition,
+        plan: Plan,
+        device: Plan,
+        turn: Turn,
+        samples: int,
+        traffic: tuple[int, int],
+        seconds: float,
+        started: float,
     ) -> Message:
         """Send the front, and put down what the turn cost."""
         bytes_down, bytes_up = traffic
@@ -115,10 +121,7 @@ class LockstepRounds:
         turn.cost = self._meters.turn_cost(device, samples, bytes_down, bytes_up + len(payload), seconds)
         if not turn.rejected:
             server_seconds = time.perf_counter() - started - seconds
-            rear = plan._replace(
-                params_held=plan.params_held - device.params_held, params_trained=plan.params_trained - device.params_trained
-            )
-            turn.server = self._server_meters.turn_cost(rear, samples, 0, 0, server_seconds)
+            turn.server = self._server_meters.turn_cost(server_plan(plan, device), samples, 0, 0, server_seconds)
         rear_values = {name: value.detach() for name, value in plan.sent.items() if name not in device.sent}
         return unpack(payload, len(payload)) | rear_values
 

@@ -21,6 +21,8 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.predict_divided import DividedPrediction
+from featherlight.fed_loop.round_kinds import check_partition
 from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
@@ -67,6 +69,7 @@ def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequen
     targets = find_targets(module)
     chain.attach(module)
     try:
+        check_partition(settings, chain.partition(Clock(0, 0)))
         return _Prediction(settings, module, data, chain, blank, targets).rounds(progress)
     finally:
         chain.detach()
@@ -90,6 +93,7 @@ class _Prediction:
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
+        self.divided = DividedPrediction(settings, self.own, data, _precision(settings), self.ledger, self.table)
         self._lengths: dict[Any, int] = {}
         self._lengths_up: dict[Any, int] = {}
         self._served: dict[Any, Served] = {}
@@ -98,6 +102,10 @@ class _Prediction:
         settings = self.settings
         for round in range(settings.rounds):
             self.own.begin(Clock(round, 0))
+            if (partition := self.chain.partition(Clock(round, 0))) is not None:
+                self.divided.round(partition, round)
+                progress(round + 1)
+                continue
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
             for client in sample(self.data.num_clients, settings.cohort, settings.seed, round):

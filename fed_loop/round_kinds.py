@@ -79,9 +79,7 @@ def check_partition(settings: Federation, partition: Partition | None) -> None:
         ValueError: gradients are to be clipped whose norm nobody has.
     """
     if partition is not None and partition.buffer is None and settings.clip is not None:
-        raise ValueError(
-            f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out"
-        )
+        raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
 
 
 class _Whole:

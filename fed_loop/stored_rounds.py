@@ -1,4 +1,4 @@
-"""Rounds in which devices send activations once, and the server trains on what it holds of them: now, and in rounds in which devices rest."""
+"""Rounds in which devices send activations once, or rest, and the server trains on what it holds of them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from featherlight.fed_loop.two_parts import (
     passes,
     rear_only,
     server_batch,
+    server_plan,
 )
 from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Clock, Message, Partition, Visit
@@ -114,16 +115,15 @@ class StoredRounds:
         self._arrived = {}
 
     # -- the device -------------------------------------------------------------------------------------------------
-    def _device(
-        self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger
-    ) -> tuple[Turn, bytes]:
+    def _device(self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger) -> tuple[Turn, bytes]:
         """All of one client's data through the front, and the message that it sends."""
         started = time.perf_counter()
         plan = device_plan(self._own.plan(visit), partition)
         turn = Turn(visit.client, kept=ledger.after(visit.client, plan.received, ()))
         names = ledger.to_send(visit.client, plan.received)
         down = pack({name: server[name] for name in names}) if names else b""
-        samples, message, learned = 0, {}, 0.0
+        message: Message = {}
+        samples, learned = 0, 0.0
         per_draw = self._data.steps_per_visit(visit.client, 1)
         for place, raw in enumerate(batches):
             batch = self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0)
@@ -176,9 +176,7 @@ class StoredRounds:
         assert partition.buffer is not None
         return StoredBatches(unpack(message, partition.buffer.limit), partition.codec)
 
-    def _train(
-        self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, turn: Turn
-    ) -> Message:
+    def _train(self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, turn: Turn) -> Message:
         """The rear's new values after ``local_epochs`` passes from the server's; several clients' batches make one.
 
         Args:
@@ -208,7 +206,7 @@ class StoredRounds:
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
             turn.rejected = "loss is not finite"
-        rear_plan = plan._replace(params_held=plan.params_held - device_plan(plan, partition).params_held)
+        rear_plan = server_plan(plan, device_plan(plan, partition))
         turn.server = self.server_meters.turn_cost(rear_plan, samples, 0, 0, time.perf_counter() - started)
         return {name: value.detach() for name, value in plan.sent.items()}
 

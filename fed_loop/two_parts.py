@@ -110,7 +110,20 @@ def device_plan(plan: Plan, partition: Partition) -> Plan:
 
     received, sent = own(plan.received), own(plan.sent)
     structure = tuple((tuple(value.shape), name in sent) for name, value in received.items())
-    return Plan(received, sent, count(received), count(sent), ("device", structure))
+    copies = 0  # momentum copies of the front, which devices have where it trains
+    if partition.buffer is None:
+        copies = _parameters(partition.cut.front(all_branches=True)) - _parameters(partition.cut.front())
+    return Plan(received, sent, count(received) + copies, count(sent), ("device", structure))
+
+
+def server_plan(plan: Plan, device: Plan) -> Plan:
+    """What of a turn is the server's: everything but what the device trains or, of a front that stays as it is, holds."""
+    held = plan.params_held - device.params_held
+    return plan._replace(params_held=held, params_trained=plan.params_trained - device.params_trained)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def forward_only(partition: Partition, views: Sequence[Tensor], precision: Precision) -> list[Tensor]:
@@ -119,9 +132,7 @@ def forward_only(partition: Partition, views: Sequence[Tensor], precision: Preci
         return [partition.cut.run(view) for view in as_weights(list(views), precision)]
 
 
-def forward_only_metered(
-    partition: Partition, views: Sequence[Tensor], precision: Precision
-) -> tuple[list[Tensor], StepCost]:
+def forward_only_metered(partition: Partition, views: Sequence[Tensor], precision: Precision) -> tuple[list[Tensor], StepCost]:
     """As :func:`forward_only`; what it costs the device, too."""
     with StepMeter(partition.cut.front(), batch=list(views)) as meter:
         out = forward_only(partition, views, precision)
@@ -148,7 +159,7 @@ def front_flops(partition: Partition, shape: Sequence[int], precision: Precision
     return counter.get_total_flops() / 2
 
 
-class _AtCut(Exception):  # noqa: N818  nothing is wrong
+class _AtCut(Exception):  # nothing is wrong
     pass
 
 

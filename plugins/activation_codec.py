@@ -71,7 +71,9 @@ class ActivationCodec:
         if not bool(torch.isfinite(x).all()):
             raise ValueError("activations are not finite")
         if not self.signed and self.bits != WHOLE and bool((x < 0).any()):
-            raise ValueError(f"there are activations below 0 (down to {float(x.min()):.3g}), which signed=False has no codes for: signed=True has")
+            raise ValueError(
+                f"there are activations below 0 (down to {float(x.min()):.3g}), which signed=False has no codes for: signed=True has"
+            )
 
     def check_received(self, message: Message, shape: tuple[int, ...]) -> None:
         """Refuse what cannot have come from :meth:`encode` of a tensor of ``shape``.

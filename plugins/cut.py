@@ -185,7 +185,7 @@ class InOrder:
         return tuple(taken)
 
 
-class _Reached(Exception):  # noqa: N818  nothing is wrong
+class _Reached(Exception):  # nothing is wrong
     """Carries what the cut put out to where the forward pass began."""
 
     def __init__(self, out: Tensor) -> None:

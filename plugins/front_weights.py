@@ -1,4 +1,4 @@
-"""The front's weights from a file: a checkpoint of Lightning or of a federation, or safetensors. Tensors and plain data only, never code."""
+"""The front's weights from a file: a Lightning or a federation's checkpoint, or safetensors; tensors and plain data, never code."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def _safetensors(raw: bytes) -> dict[str, Tensor]:
     header, data = json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :])
     found = {}
     for name, entry in header.items():
-        if name != "__metadata__":
+        if name != "__metadata__" and 0 not in entry["shape"]:
             begin, end = entry["data_offsets"]
             dtype = _DTYPES[entry["dtype"]]
-            flat = torch.frombuffer(data, dtype=dtype, offset=begin, count=(end - begin) // dtype.itemsize) if end > begin else torch.empty(0, dtype=dtype)
+            flat = torch.frombuffer(data, dtype=dtype, offset=begin, count=(end - begin) // dtype.itemsize)
             found[name] = flat.reshape(entry["shape"])
     return found

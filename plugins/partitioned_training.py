@@ -1,4 +1,4 @@
-"""Partitioned training: the front of a model runs on devices, the server trains the rest (EcoFed, and the two split ways it is compared with)."""
+"""Partitioned training: devices run the front of a model, the server trains the rest (EcoFed); and the split ways beside it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ HEAD = "auxiliary_head"
 class PartitionedTraining(Plugin):
     """Cut a model at a block: devices hold what comes up to it, the server holds and trains what comes behind.
 
-    What leaves a device: the activations at the cut of every sample, from which much of an image near to the input can be reconstructed, and, where the
-    loss needs them, its labels. Federated averaging sends neither. Choose it to save devices traffic and work, not for privacy.
+    What leaves a device: the activations at the cut of every sample, from which much of an image can be reconstructed where the cut is near
+    to the input, and, where the loss needs them, its labels. Federated averaging sends neither. Choose this to save devices traffic
+    and work, not for privacy.
 
-    ``way="replay"`` is EcoFed (arXiv 2304.05495): the front, trained beforehand, is frozen for ever. Every ``replay_period``-th round, devices
-    send quantised activations of all their data, once; in the others they are idle, and the server trains on what it has kept. It trains
-    a copy of the rear for each client, and averages them. ``way="split"`` is SplitFed (arXiv 2004.12088): in every step activations go up and
-    their gradient comes down, and both parts train. ``way="local_loss"`` (arXiv 2101.07762... see docs/design.md) trains the front by a small head on the device, so that no gradient comes down.
+    - ``way="replay"`` is EcoFed (arXiv 2304.05495): the front, trained beforehand, is frozen for ever. Every ``replay_period``-th round,
+      devices send quantised activations of all their data, once; in the others they are idle, and the server trains on what it has kept.
+      It trains a copy of the rear for each client, and averages the copies.
+    - ``way="split"`` is SplitFed (arXiv 2004.12088): in every step activations go up and their gradient comes down; both parts train.
+    - ``way="local_loss"``: a small head on the device trains the front (the mean over places and a linear layer), so that no gradient
+      comes down.
 
-    In a federation only. Self-supervised models take part unchanged; replay has no fresh views of an image, so have several
-    ``draws`` sent.
+    For federations only. Self-supervised models take part as they are; replay has no fresh views of an image, so have several ``draws``
+    sent.
 
     Args:
         cut: path of the last block of the front.
@@ -48,8 +51,8 @@ class PartitionedTraining(Plugin):
         buffer: ``"memory"``, or a folder on disk.
         draws: passes over its data, freshly augmented, that a device sends; rounds of training take turns with them.
         joint: train one rear on all clients' batches together, in place of one for each.
-        front_checkpoint: the front's weights: a Lightning checkpoint (of ``featherlight fit``, say), a federation's, a state_dict, or safetensors; by
-            default those that the model has, such as ``pretrained`` ones.
+        front_checkpoint: the front's weights: a Lightning checkpoint (of ``featherlight fit``, say), a federation's, a state_dict, or
+            safetensors; by default those that the model has, such as ``pretrained`` ones.
         labels: send labels; by default where a batch has one view.
         classes: outputs of the device's own head (``"local_loss"``); by default the model's ``num_classes``.
         stem, tail: what comes before and behind the cut block, where the order in which the model registers its modules does not say so.
@@ -148,7 +151,9 @@ class PartitionedTraining(Plugin):
         classes = self.classes or getattr(model, "num_classes", None)
         width = width_of(model.get_submodule(self.cut))
         if classes is None or width is None:
-            raise ValueError(f"way='local_loss' trains the front by a head of its own: say with classes=... for how many classes {type(model).__name__} learns")
+            raise ValueError(
+                f"way='local_loss' trains the front by a head of its own: say with classes=... how many classes {type(model).__name__} learns"
+            )
         head, like = AuxiliaryHead(width, classes), next(model.parameters())
         same = like.device == head.linear.weight.device and like.dtype == head.linear.weight.dtype
         return head if same else head.to(like)  # tensors without data cannot be moved, even to where they are

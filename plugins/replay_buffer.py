@@ -80,8 +80,8 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for client in self.clients:
             self._drop(client)
-        for client, kept in state.items():
-            self.put(int(client), kept["round"], kept["message"].numpy().tobytes())
+        for number, kept in state.items():
+            self.put(int(number), kept["round"], kept["message"].numpy().tobytes())
 
     def _tensor(self, client: int) -> torch.Tensor:
         if self._folder is None:
