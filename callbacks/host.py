@@ -22,6 +22,7 @@ from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
 from featherlight.plugins.base import overrides
 from featherlight.plugins.present import count, held
 
+_IN_TRAINING = ("advance", "before_forward", "extra_loss", "after_backward", "after_step")
 _FAR = 2**31  # a period that no run reaches: its stage is the last
 
 
@@ -41,12 +42,18 @@ class PluginCallback(pl.Callback):
         seed: of all the method's draws; by default the one of ``seed_everything``, or 0.
 
     Raises:
+        TypeError: a plugin that changes nothing but what travels in a federation.
         MisconfigurationException: (on fit) a strategy other than one device or DDP, a plugin that adds to the loss under manual
             optimization, two callbacks with different seeds.
         ValueError: (on fit) a parameter that should train is in no optimizer; a checkpoint of a run with other arguments.
     """
 
     def __init__(self, plugin: Plugin, seed: int | None = None) -> None:
+        if overrides(plugin, "encode") and not any(overrides(plugin, verb) for verb in _IN_TRAINING):
+            raise TypeError(
+                f"{type(plugin).__name__} changes what clients and server of a federation send each other, and under a Trainer nothing "
+                "travels: give it to fed_loop.Federation, or leave it out"
+            )
         self.plugin = plugin
         self.seed = seed
         self._chain: Chain | None = None  # the leader's, while attached

@@ -56,8 +56,8 @@ def stand_in(shapes: Sequence[tuple[int, ...]], single: bool, labels: Sequence[T
 class StoredBatches:
     """Batches of activations out of one client's message, decoded when asked for.
 
-    An entry's name is ``draw.step.view.codes`` (and ``.scale``) or ``draw.step.labels.place``; ``images`` and ``activations`` are the shapes
-    of one image and one activation of each view, ``single`` says how the batch held its views.
+    An entry's name is ``draw.step.view.codes`` (and ``.scale``) or ``draw.step.labels.place``; ``images`` and ``activations`` are shapes of
+    one image and one activation of each view, ``single`` says how the batch held its views.
 
     Raises:
         ValueError: the message cannot have come from :func:`encoded` and :func:`heading`.

@@ -7,7 +7,7 @@ different sizes take different numbers of steps, and gradients of different clie
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
+
+from featherlight.fed_loop.wire import pack, unpack
+from featherlight.plugins.base import Message
 
 
 class Processes:
@@ -91,18 +94,17 @@ class Processes:
             for value in values:
                 torch.distributed.broadcast(value, src=0)
 
-    def share(self, own: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Everybody's messages by number, each number being one process's own."""
+    def share(self, message: Message) -> Message:
+        """Everybody's entries as one message, bit for bit; names must differ."""
         if self.size == 1:
-            return dict(own)
-        shared: dict[int, bytes] = {}
-        for rank, entries in enumerate(self.gather([[number, len(message)] for number, message in own.items()])):
-            for number, length in entries:
-                mine = rank == self.rank
-                raw = torch.frombuffer(bytearray(own[number]), dtype=torch.uint8) if mine else torch.empty(length, dtype=torch.uint8)
-                raw = raw.to(self._outer.device)
-                torch.distributed.broadcast(raw, src=rank)
-                shared[number] = raw.cpu().numpy().tobytes()
+            return message
+        payload = pack(message)
+        shared: Message = {}
+        for rank, length in enumerate(self.gather(len(payload))):
+            data = bytearray(payload if rank == self.rank else length)
+            values = torch.frombuffer(data, dtype=torch.uint8).to(self._outer.device)
+            torch.distributed.broadcast(values, src=rank)
+            shared |= unpack(values.cpu().numpy().tobytes(), limit=length)
         return shared
 
     def gather(self, item: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -28,8 +28,14 @@ class RoundKind(Protocol):
     def cohort(self, round: int) -> list[int]:
         """Who takes part, ascending."""
 
-    def turns(self, visits: Sequence[Visit], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message]]:
-        """For each of this process's clients its turn's report and its update, as it arrived at the server."""
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        """For each of this process's clients its turn's report, its update as it arrived at the server, and what it remembers.
+
+        Args:
+            memories: by client, what those remember who had a turn.
+        """
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         """What is trained once all turns of this process are over."""
@@ -91,10 +97,13 @@ class _Whole:
     def cohort(self, round: int) -> list[int]:
         return sample(self._data.num_clients, self._settings.cohort, self._settings.seed, round)
 
-    def turns(self, visits: Sequence[Visit], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message]]:
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
         self._clients.begin_round()
         for index, stream in groupby(self._data.client_batches(visits, self._settings.local_epochs), key=itemgetter(0)):
-            yield self._clients.train(visits[index], (batch for _, batch in stream), server, ledger)
+            visit = visits[index]
+            yield self._clients.train(visit, (batch for _, batch in stream), server, ledger, memories.get(visit.client, {}))
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         """Every client has trained alone."""
@@ -112,8 +121,11 @@ class _Divided:
     def cohort(self, round: int) -> list[int]:
         return self._work.cohort(self._partition, self._settings.cohort, self._settings.seed, round)
 
-    def turns(self, visits: Sequence[Visit], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message]]:
-        return self._work.turns(self._partition, visits, server, ledger)
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        for turn, update in self._work.turns(self._partition, visits, server, ledger):
+            yield turn, update, {}
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         self._work.together(self._partition, turns, round, self._settings.seed, server, mean)

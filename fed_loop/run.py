@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run's state. ``server``, ``ledger``, ``result`` and the server optimizer are what a checkpoint holds."""
+    """One run's state. ``server``, ``ledger``, ``memories``, ``result`` and the server optimizer are what a checkpoint holds."""
 
     def __init__(
         self, settings: Federation, module: nn.Module, data: Any, chain: Chain, evaluators: Sequence[Evaluator], report: Report
@@ -71,6 +71,7 @@ class Run:
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
         self.ledger = Ledger(settings.resend)
+        self.memories: dict[int, Message] = {}
         self.result = Result()
         self.sizes = data.client_sizes()
 
@@ -129,9 +130,12 @@ class Run:
         visits = [Visit(round, client, settings.seed) for client in mine]
         mean = Mean(self.trainees.travels(Visit(round, client, settings.seed) for client in cohort), self.chain.decodes)
         total = sum(self.sizes[client] for client in cohort)
-        turns = []
-        for turn, update in kind.turns(visits, self.server, self.ledger):
+        turns: list[Turn] = []
+        kept: Message = {}
+        for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
             self._admit(turn, update, self.sizes[turn.client] / total, mean)
+            if not turn.rejected:  # what the server did not take counts as never done
+                kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
             turns.append(turn)
             self.report.client_is_done(len(turns), len(visits))
             self._interrupts.check()
@@ -139,8 +143,10 @@ class Run:
         mean.reduce(processes.all_reduce)
         everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
         everybody.sort(key=lambda turn: turn.client)
+        kept = processes.share(kept) if self.chain.remembers else {}
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round)
+        self._remember(kept)
         self._update(mean, clock)
         self._record(round, everybody, time.perf_counter() - started)
 
@@ -165,6 +171,14 @@ class Run:
             mean.add(update, weight)
         except ValueError as error:
             turn.rejected = str(error)
+
+    def _remember(self, kept: Message) -> None:
+        """What clients keep, by client; every process has it, since a client's next turn may be any's."""
+        new: dict[int, Message] = {}
+        for name, value in kept.items():
+            client, _, own = name.partition(":")
+            new.setdefault(int(client), {})[own] = value
+        self.memories |= new
 
     def _update(self, mean: Mean, clock: Clock) -> None:
         """The server's step: mean → lift → server optimizer → settle."""

@@ -84,6 +84,7 @@ class SavedState:
             run.server[name].copy_(value)
         run.optimizer_of_server.load_state_dict(state["server_optimizer"])
         run.ledger.load_state_dict(state["ledger"])
+        run.memories = {int(client): dict(memory) for client, memory in state["memories"].items()}
         run.chain.load_state_dict(state["plugins"])
         run.result.cost.load_state_dict(state["cost"])
         run.result.history, run.result.metrics = state["history"], state["metrics"]
@@ -122,6 +123,7 @@ class SavedState:
             "server": run.server,
             "server_optimizer": run.optimizer_of_server.state_dict(),
             "ledger": run.ledger.state_dict(),
+            "memories": {str(client): memory for client, memory in run.memories.items()},
             "plugins": run.chain.state_dict(),
             "cost": run.result.cost.state_dict(),
             "history": run.result.history,

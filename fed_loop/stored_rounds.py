@@ -83,8 +83,9 @@ class StoredRounds:
     def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Mean) -> None:
         """Where one rear trains on everybody's batches: the first process trains it. To be called once all turns are over."""
         assert partition.buffer is not None
-        arrived = self._processes.share(self._arrived) if partition.devices_work else {}
-        self._arrived = arrived
+        if self._processes.size > 1 and partition.devices_work:
+            own = {str(client): torch.frombuffer(bytearray(message), dtype=torch.uint8) for client, message in self._arrived.items()}
+            self._arrived = {int(client): value.numpy().tobytes() for client, value in self._processes.share(own).items()}
         if not partition.joint:
             return
         everybody = [Turn.from_json(item) for share in self._processes.gather([turn.to_json() for turn in turns]) for item in share]
@@ -92,7 +93,7 @@ class StoredRounds:
         told: dict[str, Any] = {"loss": 0.0, "rejected": ""}
         whole = Turn(-1)
         if self._processes.rank == 0 and clients:
-            stored = [self._read(partition, arrived.get(client) or partition.buffer.get(client)) for client in clients]
+            stored = [self._read(partition, self._arrived.get(client) or partition.buffer.get(client)) for client in clients]
             first = Visit(round, clients[0], seed)
             draw = 0 if partition.devices_work else round - min(partition.buffer.round_of(client) for client in clients)
             update = self._train(partition, first, stored, draw, server, whole)

@@ -61,17 +61,23 @@ class Clients:
     def begin_round(self) -> None:
         self._last: tuple[tuple[str, ...], int, Message] | None = None
 
-    def train(self, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger) -> tuple[Turn, Message]:
+    def train(
+        self, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, memory: Message
+    ) -> tuple[Turn, Message, Message]:
         """Train the client of ``visit`` from the server's entries.
 
+        Args:
+            memory: what plugins kept at the end of the client's last turn.
+
         Returns:
-            The turn's report, and the client's update as it arrived at the server: new values, or, where plugins change what travels,
-            differences as decoding gave them.
+            The turn's report; the client's update as it arrived at the server: new values, or, where plugins change what travels,
+            differences as decoding gave them; and what plugins keep for the client's next turn.
         """
         started = time.perf_counter()
         trainee = self._trainees.of(visit)
         chain = self._trainees.own.chain
         plan = trainee.plan(visit)
+        trainee.chain.recall({name: value.to(self._fabric.device) for name, value in memory.items()}, visit)
         served = self._trainees.serve(trainee, server, plan, visit, ledger.kept(visit.client))
         turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
         bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
@@ -79,10 +85,19 @@ class Clients:
         samples = self._steps(trainee, visit, batches, plan, turn)
         payload = self._send(trainee, plan, before, visit)
         update = unpack(payload, limit=len(payload))
+        kept = {name: value.detach().to("cpu", copy=True) for name, value in trainee.chain.remember(visit).items()}
         if chain.decodes:
-            update = dict(chain.decode(update, visit))
+            update = self._decode(turn, update, visit)
         turn.cost = self.meters.turn_cost(plan, samples, bytes_down, len(payload), time.perf_counter() - started)
-        return turn, update
+        return turn, update, kept
+
+    def _decode(self, turn: Turn, update: Message, visit: Visit) -> Message:
+        """The update as the server reads it; one that it cannot read is rejected."""
+        try:
+            return dict(self._trainees.own.chain.decode(update, visit))
+        except ValueError as error:
+            turn.rejected = turn.rejected or str(error)
+            return {}
 
     def _receive(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, server: Message, ledger: Ledger) -> int:
         """Load what the client still holds and what it is sent; returns the length of the message."""

@@ -4,6 +4,7 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
+from featherlight.plugins.fetch_sgd import FetchSGD
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
 from featherlight.plugins.partition import Partition
@@ -11,13 +12,16 @@ from featherlight.plugins.partitioned_training import PartitionedTraining
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
+from featherlight.plugins.quantization import Quantization
 from featherlight.plugins.targets import find_targets
+from featherlight.plugins.top_k import TopK
 
 __all__ = [
     "Chain",
     "Change",
     "Clock",
     "DepthDropout",
+    "FetchSGD",
     "IntrinsicProjection",
     "LayerFreezing",
     "Message",
@@ -26,6 +30,8 @@ __all__ = [
     "Plugin",
     "PrismSampling",
     "ProgressiveGrowth",
+    "Quantization",
+    "TopK",
     "Tower",
     "Visit",
     "find_blocks",

@@ -66,7 +66,7 @@ class Plugin:
     A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
     to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift` and
     :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same arguments, which
-    gets the verbs of training, :meth:`decode_down` and :meth:`encode`; without one, the first does both.
+    gets the verbs of training, :meth:`recall`, :meth:`decode_down`, :meth:`encode` and :meth:`remember`; without one, the first does both.
     """
 
     same_for_all: ClassVar[bool] = False
@@ -111,6 +111,17 @@ class Plugin:
     def partition(self, clock: Clock) -> Partition | None:
         """How this round divides the model between a device and the server, or None: clients train all that they hold."""
         return None
+
+    # -- federated: a client, from one of its turns to the next -----------------------------------------------------
+    def recall(self, memory: Message, visit: Visit) -> None:
+        """A client's turn begins: what it kept at the end of its last one that the server accepted; nothing before its first.
+
+        Other calls of :meth:`encode` have no client behind them: a host asks so what a message would look like.
+        """
+
+    def remember(self, visit: Visit) -> Message:
+        """A client's turn ends, its update is encoded: what it keeps until its next one, by name. It never travels."""
+        return {}
 
     # -- federated: the wire --------------------------------------------------------------------------------------
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:

@@ -40,6 +40,11 @@ class Chain(Plugin):
         """Whether any plugin changes what goes to a client."""
         return any(overrides(plugin, "encode_down") for plugin in self.plugins)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a client keeps anything from one turn to the next."""
+        return any(overrides(plugin, "remember") for plugin in self.plugins)
+
     def anew(self) -> Chain:
         """The same plugins, not attached to anything. To be asked for before :meth:`attach`."""
         return copy.deepcopy(self)
@@ -116,6 +121,14 @@ class Chain(Plugin):
                     f"{type(dividing).__name__} divides the model between device and server; {type(plugin).__name__} changes the model "
                     f"or what travels ({', '.join(changed)}): leave one of them out"
                 )
+
+    def recall(self, memory: Message, visit: Visit) -> None:
+        for place, plugin in enumerate(self.plugins):
+            mark = f"{place}:"
+            plugin.recall({name.removeprefix(mark): value for name, value in memory.items() if name.startswith(mark)}, visit)
+
+    def remember(self, visit: Visit) -> Message:
+        return {f"{place}:{name}": value for place, plugin in enumerate(self.plugins) for name, value in plugin.remember(visit).items()}
 
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
         for plugin in self.plugins:

@@ -152,7 +152,7 @@ class PartitionedTraining(Plugin):
         width = width_of(model.get_submodule(self.cut))
         if classes is None or width is None:
             raise ValueError(
-                f"way='local_loss' trains the front by a head of its own: say with classes=... how many classes {type(model).__name__} learns"
+                f"way='local_loss' trains the front by a head of its own: give classes=..., how many {type(model).__name__} learns"
             )
         head, like = AuxiliaryHead(width, classes), next(model.parameters())
         same = like.device == head.linear.weight.device and like.dtype == head.linear.weight.dtype

@@ -9,7 +9,7 @@ from torch import nn
 
 from featherlight.callbacks import DepthDropout, LayerFreezing, PluginCallback, ProgressiveGrowth
 from featherlight.callbacks.parallel import refuse_untested
-from featherlight.plugins import Plugin
+from featherlight.plugins import Plugin, Quantization
 
 BLOCKS = {"blocks": "encoder.blocks.*"}
 
@@ -321,3 +321,8 @@ def test_an_evaluated_module_without_a_checkpoint_is_left_as_it_is(toy, loader, 
     calls = count_calls(model)
     make_trainer(LayerFreezing(**BLOCKS)).test(model, loader, verbose=False)
     assert calls == [3, 3, 3]
+
+
+def test_what_only_travels_is_refused():
+    with pytest.raises(TypeError, match=r"Quantization changes what clients and server .* nothing travels: give it to fed_loop.Federation"):
+        PluginCallback(Quantization())

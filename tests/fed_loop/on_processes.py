@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 
 from featherlight.fed_loop import Federation, Momentum
-from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.plugins import (
+    DepthDropout,
+    FetchSGD,
+    IntrinsicProjection,
+    LayerFreezing,
+    PrismSampling,
+    ProgressiveGrowth,
+    Quantization,
+    TopK,
+)
 
 
 def load(name):
@@ -52,6 +61,20 @@ def projected(toys, settings):
     data.clients[3][0][0, 0] = float("nan")
     plugins = [IntrinsicProjection(20, subspaces=2, periods_per_span=2), DepthDropout("blocks.*")]
     return Federation(4, seed=3, **settings), toys.Net(), data, plugins
+
+
+def remembered(toys, settings):
+    """Clients keep what they have not sent, blocks left out besides, a client rejected."""
+    data = toys.Points([10, 3, 14, 6])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [DepthDropout("blocks.*"), TopK(20), Quantization(4)]
+    return Federation(4, cohort=3, seed=3, server=Momentum(), **settings), toys.Net(), data, plugins
+
+
+def sketched(toys, settings):
+    """Momentum and error in the server's sketches, which begin anew with each stage."""
+    plugins = [LayerFreezing("blocks.*", periods_per_stage=2), FetchSGD(columns=20, rows=3, k=15)]
+    return Federation(4, cohort=3, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

@@ -28,7 +28,8 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize(
-    ("launcher", "names"), [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "projected"])]
+    ("launcher", "names"),
+    [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "projected", "remembered", "sketched"])],
 )
 def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # threads are the run's own to choose
@@ -40,4 +41,4 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
-        assert sum(row["rejected"] for row in figures[0]) == (4 if name in ("growing", "projected") else 0)
+        assert sum(row["rejected"] for row in figures[0]) == (4 if name in ("growing", "projected", "remembered") else 0)
