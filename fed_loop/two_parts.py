@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -40,7 +40,9 @@ class Rear:
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.rows = 0
         with self._cut.fed(self._counted):
-            return self._module.training_step(batch, batch_idx)  # type: ignore[operator]
+            out = self._module.training_step(batch, batch_idx)  # type: ignore[operator]
+        self._cut.check(out["loss"] if isinstance(out, Mapping) else out)
+        return out
 
     def _counted(self, branch: str, rows: int) -> Tensor:
         self.rows += rows

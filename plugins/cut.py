@@ -38,9 +38,11 @@ class Cut:
     def __init__(
         self, model: nn.Module, block: str, stem: Sequence[str] | None, tail: Sequence[str] | None, targets: dict[str, str]
     ) -> None:
-        tower = find_blocks(model, [block], stem, tail)
-        if len(tower.paths) > 1:
-            raise ValueError(f'cut="{block}" names {len(tower.paths)} blocks; name one of them: {", ".join(tower.paths)}')
+        named = find_blocks(model, [block], stem, tail).paths
+        if len(named) > 1:
+            raise ValueError(f'cut="{block}" names {len(named)} blocks; name one of them: {", ".join(named)}')
+        tower = find_blocks(model, _up_to(model, block), stem, tail)
+        self._block = block
         self.model, self._tower = model, tower
         moved = {target: tower.moved(online, target) for target, online in targets.items()}
         self.branches: dict[str, Tower] = {"": tower} | {target: twin for target, twin in moved.items() if twin is not None}
@@ -49,7 +51,7 @@ class Cut:
         self._seen: list[tuple[str, Tensor]] | None = None
         self._ends = False
         self._hooks = [
-            twin.blocks[0].register_forward_hook(lambda module, inputs, out, branch=branch: self._at_cut(branch, out))
+            twin.blocks[-1].register_forward_hook(lambda module, inputs, out, branch=branch: self._at_cut(branch, out))
             for branch, twin in self.branches.items()
         ]
 
@@ -89,7 +91,7 @@ class Cut:
         finally:
             self._ends = False
         raise ValueError(
-            f'{type(self.model).__name__}.forward(images) never gets to "{self._tower.paths[0]}", where the model is cut: '
+            f'{type(self.model).__name__}.forward(images) never gets to "{self._block}", where the model is cut: '
             "its forward must take the images as its training_step does"
         )
 
@@ -121,18 +123,30 @@ class Cut:
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
-            first = str(error).splitlines()[0]
-            raise ValueError(
-                f'cut="{self._tower.paths[0]}": {type(self.model).__name__}.training_step needs images, labels or weights that stay on '
-                f"the device ({first}). What comes before the cut can be named with stem=[...], what comes behind it with tail=[...]; "
-                "labels are sent with labels=True"
-            ) from error
+            raise self._looked(str(error).splitlines()[0]) from error
         finally:
             self._give = None
             for (own, name), value in zip(slots, before):
                 own[name] = value
 
+    def check(self, loss: Tensor) -> None:
+        """Refuse a loss into which something went that has no data: numbers mix where larger tensors would not.
+
+        Raises:
+            ValueError: there is no value in it.
+        """
+        if loss.is_meta:
+            raise self._looked("its loss has no value")
+
+    def _looked(self, how: str) -> ValueError:
+        return ValueError(
+            f'cut="{self._block}": {type(self.model).__name__}.training_step needs images, labels or weights that stay on the device '
+            f"({how}). What comes before the cut can be named with stem=[...], what comes behind it with tail=[...]; "
+            "labels are sent with labels=True"
+        )
+
     def remove(self) -> None:
+        """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
 
@@ -140,7 +154,7 @@ class Cut:
         if self._give is not None:
             return self._give(branch, out.shape[0])
         if not isinstance(out, Tensor):
-            raise ValueError(f'"{self._tower.paths[0]}" puts out a {type(out).__name__}; the model can be cut where one tensor goes on')
+            raise ValueError(f'"{self._block}" puts out a {type(out).__name__}; the model can be cut where one tensor goes on')
         if self._seen is not None:
             self._seen.append((branch, out))
         if self._ends:
@@ -151,7 +165,7 @@ class Cut:
         own = {id(parameter) for parameter in self.parameters}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in own and not self.has(name):
-                raise ValueError(f'"{name}" is used before and behind cut="{self._tower.paths[0]}": cut where no parameter is shared')
+                raise ValueError(f'"{name}" is used before and behind cut="{self._block}": cut where no parameter is shared')
 
 
 class InOrder:
@@ -191,6 +205,17 @@ class _Reached(Exception):  # nothing is wrong
     def __init__(self, out: Tensor) -> None:
         super().__init__("the cut")
         self.out = out
+
+
+def _up_to(model: nn.Module, block: str) -> list[str]:
+    """The blocks of a chain up to ``block``: what comes before it in a container of blocks, and the block itself."""
+    parent, _, last = block.rpartition(".")
+    container = model.get_submodule(parent)
+    if not isinstance(container, nn.Sequential | nn.ModuleList):
+        return [block]
+    names = [name for name, _ in container.named_children()]
+    prefix = f"{parent}." if parent else ""
+    return [prefix + name for name in names[: names.index(last) + 1]]
 
 
 def _slots(tower: Tower) -> Iterator[tuple[Any, str]]:
