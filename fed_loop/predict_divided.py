@@ -88,6 +88,8 @@ class DividedPrediction:
     def _meter(self, lockstep: Lockstep, plan: Plan, device: Plan, batch: Any, visit: Visit, number: int, size: int) -> None:
         cost = None
         if self._meters.wants(device.structure, number, size):
+            if number and not self._own.raw_optimizer.state:  # the first step was known already: what it leaves in the optimizer is not
+                lockstep(batch, Clock(visit.round, 0))
             cost = lockstep.device_cost(batch)
             self._meters.note(cost)
         counted = self._server_meters.wants(plan.structure, number, size)

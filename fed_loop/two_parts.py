@@ -85,7 +85,8 @@ def passes(module: nn.Module, partition: Partition, batch: Any) -> list[tuple[st
             for (branch, which), (_, out) in zip(found, seen):
                 with torch.no_grad():
                     ours = torch.cat([cut.run(views[view], branch) for view in which])
-                if ours.shape != out.shape or not torch.allclose(ours, out, rtol=1e-2, atol=1e-2 * float(out.abs().max()), equal_nan=True):
+                near = 1e-2 * float(out.nan_to_num(0.0, 0.0, 0.0).abs().max())
+                if ours.shape != out.shape or not torch.allclose(ours, out, rtol=1e-2, atol=near, equal_nan=True):
                     raise ValueError(
                         f"{type(module).__name__}.training_step takes something else through the front than the views of a batch in "
                         "order, each as its forward takes it: such a model cannot be divided"
