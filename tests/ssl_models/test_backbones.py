@@ -82,6 +82,17 @@ def test_resnet9_counts() -> None:
     assert parameters(resnet) == sum(9 * a * b + 2 * b for a, b in convolutions)
 
 
+def test_resnet9_narrower_and_with_group_norm() -> None:
+    """A quarter of the width; 16 channels a group, and no running statistics."""
+    resnet = make_backbone("resnet9", width=16, norm="group")
+    convolutions = [(3, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 128), (128, 128), (128, 128)]
+    assert parameters(resnet) == sum(9 * a * b + 2 * b for a, b in convolutions)
+    groups = [(module.num_groups, module.num_channels) for module in resnet.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert groups == [(width // 16, width) for _, width in convolutions]
+    assert not list(resnet.buffers())
+    assert resnet(torch.randn(2, 3, 16, 16)).shape == (2, resnet.feature_dim) == (2, 128)
+
+
 @pytest.mark.parametrize(
     ("name", "dim"),
     [
@@ -108,7 +119,8 @@ def test_any_model_of_timm_and_torchvision(name: str, dim: int) -> None:
         ({"name": "torchvision/squeezenet1_0"}, "does not end in a linear classifier"),
         ({"name": "torchvision/resnet18", "pretrained": True, "in_channels": 1}, "take 3 channels, not 1"),
         ({"name": "vit", "detph": 3}, '"vit" has no option "detph"; it takes depth, width, heads, patch_size, mlp_ratio, pool'),
-        ({"name": "resnet9", "depth": 3}, "it takes none"),
+        ({"name": "resnet9", "depth": 3}, "it takes width, norm"),
+        ({"name": "resnet9", "norm": "layer"}, 'norm "layer" not found; there are batch, group'),
         ({"name": "vit", "image_size": 30}, "30 is not a multiple of patch_size 4"),
         ({"name": "vit", "width": 100}, "100 is not a multiple of heads 3"),
         ({"name": "vit", "pretrained": True}, "no pretrained weights"),
