@@ -71,9 +71,9 @@ def both(of: Setting) -> list[Plugin]:
 
 
 def top_k(of: Setting) -> list[Plugin]:
-    """8·k bytes up; down 8 for each element that anybody changed since the last visit: of k·cohort·(rounds away) about half, with error
-    feedback, are different ones."""
-    return [TopK(max(1, round(of.size / of.budget / (1 + 0.5 * of.cohort * of.away))))]
+    """8·k bytes up; down 8 for each element that anybody changed since the last visit: of k·cohort·(rounds away) about nine tenths are
+    different ones."""
+    return [TopK(max(1, round(of.size / of.budget / (1 + 0.9 * of.cohort * of.away))))]
 
 
 def fetch_sgd(of: Setting) -> list[Plugin]:
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[10, 30, 100, 300], help="of ways that have none of their own")
     parser.add_argument("--rates", nargs="+", type=pair, help="lr or lr:gain, in place of RATES; the best is shown")
     parser.add_argument("--out", type=Path, default=Path("runs/intrinsic_frontier.jsonl"), help="the picture lies beside it")
-    sizes = {"width": 16, "size": 16, "images": 4000, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32, "seeds": 1}
+    sizes = {"width": 16, "size": 16, "images": 2500, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32, "seeds": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--alpha", type=float, default=0.0, help="of a Dirichlet partition; 0: IID")
