@@ -100,8 +100,21 @@ WAYS: dict[str, Make] = {
 }
 BUDGETS = {"FedAvg": [1.0], "quantised": [4.0, 8.0]}
 """Of ways that have their own."""
-RATES: dict[str, list[tuple[float, float]]] = {way: [(0.1, 1.0)] for way in WAYS}
-"""(learning rate, gain of a projection) by way."""
+RATES: dict[str, list[tuple[float, float]]] = {
+    "FedAvg": [(0.01, 1.0)],
+    "quantised": [(0.01, 1.0)],
+    "top-k": [(0.03, 1.0)],
+    "FetchSGD": [(0.03, 1.0)],
+    "static": [(0.03, 1.0)],
+    "K-subspace": [(0.03, 1.0)],
+    "time-varying": [(0.01, 1.0)],
+    "both": [(0.01, 1.0)],
+}
+"""(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of 0.01
+and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; the gain of 0.3 and 1 (static). Those of
+quantised, K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) is what makes 1/100 work: the default, d/D, moves a hundred
+times less for the same change.
+"""
 
 
 def accuracy(module: Any, data: Any) -> dict[str, float]:
