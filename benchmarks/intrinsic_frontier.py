@@ -110,10 +110,10 @@ RATES: dict[str, list[tuple[float, float]]] = {
     "time-varying": [(0.01, 1.0)],
     "both": [(0.01, 1.0)],
 }
-"""(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of 0.01
-and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; the gain of 0.3 and 1 (static). Those of
-quantised, K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) is what makes 1/100 work: the default, d/D, moves a hundred
-times less for the same change.
+"""(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of
+0.01 and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; those of quantised,
+K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the plugin's
+default, d/D, moves a hundred times less than 1 does.
 """
 
 
