@@ -103,7 +103,7 @@ BUDGETS = {"FedAvg": [1.0], "quantised": [4.0, 8.0]}
 RATES: dict[str, list[tuple[float, float]]] = {
     "FedAvg": [(0.01, 1.0)],
     "quantised": [(0.01, 1.0)],
-    "top-k": [(0.03, 1.0)],
+    "top-k": [(0.01, 1.0)],
     "FetchSGD": [(0.03, 1.0)],
     "static": [(0.03, 1.0)],
     "K-subspace": [(0.03, 1.0)],
