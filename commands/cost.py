@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from featherlight.commands.parsing import Parts, federated_parser, is_federated, parse
-from featherlight.commands.tables import compression_line, cost_table
+from featherlight.commands.tables import compression_line, cost_table, server_table
 from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import HEADINGS, CostTable
 
@@ -39,6 +39,8 @@ def run(command: str, arguments: list[str]) -> None:
     table = predict_config(config.config, rest, traffic.append)
     shown = [name for name in HEADINGS if name != "seconds"]
     Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
+    if table.server is not None:
+        Console().print(server_table(table.server, shown))
     for last in traffic:
         if last.down + last.up < 2 * last.whole:
             Console().print(compression_line(last.compression))
@@ -66,8 +68,9 @@ def predict_config(path: str, arguments: list[str], last_traffic: Callable[[Traf
 def _predicted(table: CostTable) -> dict[str, Any]:
     """Rows and total without seconds, which nobody has predicted."""
     told = table.to_json()
-    for row in (*told["rows"], told["total"]):
-        del row["seconds"]
+    for part in (told, *([told["server"]] if "server" in told else [])):
+        for row in (*part["rows"], part["total"]):
+            del row["seconds"]
     return told
 
 

@@ -24,6 +24,12 @@ def cost_table(cost: CostTable, title: str, names: Iterable[str] = HEADINGS) -> 
     return table
 
 
+def server_table(cost: CostTable, names: Iterable[str] = HEADINGS) -> Table:
+    """What the server computed in clients' places: it neither receives nor sends, and its peak is not known."""
+    left_out = ("peak_bytes", "bytes_down", "bytes_up")
+    return cost_table(cost, "what the server computed in the place of one client", [name for name in names if name not in left_out])
+
+
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """``knn 93.1 %   linear 95.0 %``"""
     return "   ".join(f"{name} {value:.1%}" if 0 <= value <= 1 else f"{name} {value:.4g}" for name, value in metrics.items())

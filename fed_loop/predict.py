@@ -22,6 +22,8 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.predict_divided import DividedPrediction
+from featherlight.fed_loop.round_kinds import check_partition
 from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
@@ -95,6 +97,7 @@ def _predict(
     targets = find_targets(module)
     chain.attach(module)
     try:
+        check_partition(settings, chain.partition(Clock(0, 0)))
         prediction = _Prediction(settings, module, data, chain, blank, targets)
         table = prediction.rounds(progress)
         last_traffic(prediction.traffic)
@@ -121,6 +124,7 @@ class _Prediction:
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
+        self.divided = DividedPrediction(settings, self.own, data, _precision(settings), self.ledger, self.table)
         self.traffic = Traffic()
         self._lengths: dict[Any, _Length] = {}
         self._lengths_up: dict[Any, _Length] = {}
@@ -130,6 +134,10 @@ class _Prediction:
         settings = self.settings
         for round in range(settings.rounds):
             self.own.begin(Clock(round, 0))
+            if (partition := self.chain.partition(Clock(round, 0))) is not None:
+                self.divided.round(partition, round)
+                progress(round + 1)
+                continue
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
             self.traffic = Traffic()
