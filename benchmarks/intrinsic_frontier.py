@@ -71,9 +71,9 @@ def both(of: Setting) -> list[Plugin]:
 
 
 def top_k(of: Setting) -> list[Plugin]:
-    """8·k bytes up; down 8 for each element that anybody changed since the last visit: of k·cohort·(rounds away) about half, with error
-    feedback, are different ones."""
-    return [TopK(max(1, round(of.size / of.budget / (1 + 0.5 * of.cohort * of.away))))]
+    """8·k bytes up; down 8 for each element that anybody changed since the last visit: of k·cohort·(rounds away) about nine tenths are
+    different ones."""
+    return [TopK(max(1, round(of.size / of.budget / (1 + 0.9 * of.cohort * of.away))))]
 
 
 def fetch_sgd(of: Setting) -> list[Plugin]:
@@ -100,8 +100,21 @@ WAYS: dict[str, Make] = {
 }
 BUDGETS = {"FedAvg": [1.0], "quantised": [4.0, 8.0]}
 """Of ways that have their own."""
-RATES: dict[str, list[tuple[float, float]]] = {way: [(0.1, 1.0)] for way in WAYS}
-"""(learning rate, gain of a projection) by way."""
+RATES: dict[str, list[tuple[float, float]]] = {
+    "FedAvg": [(0.01, 1.0)],
+    "quantised": [(0.01, 1.0)],
+    "top-k": [(0.01, 1.0)],
+    "FetchSGD": [(0.03, 1.0)],
+    "static": [(0.03, 1.0)],
+    "K-subspace": [(0.03, 1.0)],
+    "time-varying": [(0.01, 1.0)],
+    "both": [(0.01, 1.0)],
+}
+"""(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of
+0.01 and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; those of quantised,
+K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the plugin's
+default, d/D, moves a hundred times less than 1 does.
+"""
 
 
 def accuracy(module: Any, data: Any) -> dict[str, float]:
@@ -219,7 +232,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[10, 30, 100, 300], help="of ways that have none of their own")
     parser.add_argument("--rates", nargs="+", type=pair, help="lr or lr:gain, in place of RATES; the best is shown")
     parser.add_argument("--out", type=Path, default=Path("runs/intrinsic_frontier.jsonl"), help="the picture lies beside it")
-    sizes = {"width": 16, "size": 16, "images": 4000, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32, "seeds": 1}
+    sizes = {"width": 16, "size": 16, "images": 2500, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32, "seeds": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--alpha", type=float, default=0.0, help="of a Dirichlet partition; 0: IID")

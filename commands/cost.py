@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import Progress
 
 from featherlight.commands.parsing import Parts, federated_parser, is_federated, parse
-from featherlight.commands.tables import cost_table
+from featherlight.commands.tables import compression_line, cost_table, server_table
 from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import HEADINGS, CostTable
+
+if TYPE_CHECKING:
+    from featherlight.fed_loop.predict import Traffic
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -31,15 +35,21 @@ def run(command: str, arguments: list[str]) -> None:
         return
     known, rest = _split(arguments)
     config = parse(parser, known)
-    table = predict_config(config.config, rest)
+    traffic: list[Traffic] = []
+    table = predict_config(config.config, rest, traffic.append)
     shown = [name for name in HEADINGS if name != "seconds"]
     Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
+    if table.server is not None:
+        Console().print(server_table(table.server, shown))
+    for last in traffic:
+        if last.down + last.up < 2 * last.whole:
+            Console().print(compression_line(last.compression))
     if config.json:
         write_text(Path(config.json), json.dumps(_predicted(table), indent=2))
 
 
-def predict_config(path: str, arguments: list[str]) -> CostTable:
-    """The predicted cost table of a configuration file, federated or for a Trainer."""
+def predict_config(path: str, arguments: list[str], last_traffic: Callable[[Traffic], None] = lambda traffic: None) -> CostTable:
+    """The predicted cost table of a configuration file, federated or for a Trainer; ``last_traffic`` is told of a last round."""
     from featherlight.fed_loop.predict import predict
 
     if not is_federated(path):
@@ -51,16 +61,16 @@ def predict_config(path: str, arguments: list[str]) -> CostTable:
     federation = parts.federation()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=federation.rounds)
-        return predict(
-            federation, parts.module, parts.data(pictures=False), parts.plugins(), lambda done: progress.update(task, completed=done)
-        )
+        data, plugins = parts.data(pictures=False), parts.plugins()
+        return predict(federation, parts.module, data, plugins, lambda done: progress.update(task, completed=done), last_traffic)
 
 
 def _predicted(table: CostTable) -> dict[str, Any]:
     """Rows and total without seconds, which nobody has predicted."""
     told = table.to_json()
-    for row in (*told["rows"], told["total"]):
-        del row["seconds"]
+    for part in (told, *([told["server"]] if "server" in told else [])):
+        for row in (*part["rows"], part["total"]):
+            del row["seconds"]
     return told
 
 

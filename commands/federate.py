@@ -14,7 +14,7 @@ from rich.console import Console
 from featherlight.commands.folders import folder_for
 from featherlight.commands.logging_ends import ended
 from featherlight.commands.parsing import Parts, federated_parser, parse
-from featherlight.commands.tables import cost_table, metrics_line
+from featherlight.commands.tables import cost_table, metrics_line, server_table
 from featherlight.fed_loop import Federation, Result
 from featherlight.fed_loop.whole_files import write_text
 
@@ -31,6 +31,8 @@ def run(command: str, arguments: list[str]) -> None:
     if first:
         console = Console()
         console.print(cost_table(result.cost, "cost of one client in one round, by stage; total: of a client in every round"))
+        if result.cost.server is not None:
+            console.print(server_table(result.cost.server))
         learned = result.rejected < result.turns
         if learned:
             console.print(metrics_line(result.metrics))

@@ -14,8 +14,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 import featherlight.ssl_models.byol
 import featherlight.ssl_models.classifier
 import featherlight.ssl_models.data
+import featherlight.ssl_models.language_model
 import featherlight.ssl_models.moco_v3
-import featherlight.ssl_models.simclr  # noqa: F401  imported, so that configurations may name the classes without their modules
+import featherlight.ssl_models.simclr
+import featherlight.ssl_models.text  # noqa: F401  imported, so that configurations may name the classes without their modules
 from featherlight.commands.innermost import innermost
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
@@ -32,7 +34,7 @@ def federated_parser() -> ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file; several are merged, the last wins")
     parser.add_subclass_arguments(LightningModule, "model", required=True, help="what is trained")
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="images, and who has which")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="images or text, and who has which")
     parser.add_argument("--plugins", type=list[Plugin], default=[], help="methods, in the order in which they encode what travels")
     parser.add_class_arguments(Federation, "federation")
     parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -24,9 +24,21 @@ def cost_table(cost: CostTable, title: str, names: Iterable[str] = HEADINGS) -> 
     return table
 
 
+def server_table(cost: CostTable, names: Iterable[str] = HEADINGS) -> Table:
+    """What the server computed in clients' places: it neither receives nor sends, and its peak is not known."""
+    left_out = ("peak_bytes", "bytes_down", "bytes_up")
+    return cost_table(cost, "what the server computed in the place of one client", [name for name in names if name not in left_out])
+
+
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """``knn 93.1 %   linear 95.0 %``"""
     return "   ".join(f"{name} {value:.1%}" if 0 <= value <= 1 else f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def compression_line(compression: Sequence[float]) -> str:
+    """``in the last round, tensors without names: 1899× less down, 1899× less up, 1899× less both ways``"""
+    down, up, both = (f"{factor:.0f}" if factor >= 100 else f"{factor:.1f}" for factor in compression)
+    return f"in the last round, tensors without names, beside the whole model: {down}× less down, {up}× less up, {both}× less both ways"
 
 
 def comparison_table(runs: list[dict[str, Any]]) -> Table:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
@@ -21,11 +22,31 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.predict_divided import DividedPrediction
+from featherlight.fed_loop.round_kinds import check_partition
 from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
 from featherlight.plugins.cost_table import CostTable
 from featherlight.plugins.optimizer_state import clear
+
+
+class Traffic(NamedTuple):
+    """What tensors of a round's messages take, without their names: bytes, summed over the cohort.
+
+    Args:
+        whole: of all that clients must have; down: of what they are sent; up: of what they send.
+    """
+
+    whole: int = 0
+    down: int = 0
+    up: int = 0
+
+    @property
+    def compression(self) -> tuple[float, float, float]:
+        """How many times less than all of it goes down, up, and both ways: 2 / (1/up + 1/down)."""
+        down, up, both = (sent / self.whole for sent in (self.down, self.up, (self.down + self.up) / 2))
+        return 1 / down if down else inf, 1 / up if up else inf, 1 / both if both else inf
 
 
 def predict(
@@ -34,6 +55,7 @@ def predict(
     data: Any,
     plugins: Sequence[Plugin] = (),
     progress: Callable[[int], None] = lambda round: None,
+    last_traffic: Callable[[Traffic], None] = lambda traffic: None,
 ) -> CostTable:
     """The cost table that ``settings.run`` would measure, but for seconds.
 
@@ -42,32 +64,44 @@ def predict(
         data: as for ``run``; besides, ``batch_sizes(client, epochs)`` gives the samples of each step of a turn, and ``example_batch(n)`` a
             batch of n samples, as ``training_step`` takes it.
         progress: told the number of each round done.
+        last_traffic: told what travels in the last round, when what clients are sent at first is behind them.
     """
     _ = data.num_clients, data.example_batch(2)  # whatever data read on first use, they read now and not as fakes
     try:
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
             module = _precision(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress)
+            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress, last_traffic)
     except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError) as error:
         warnings.warn(
             f"something's shape depends on values ({error}), so real steps are metered, which takes time and memory", stacklevel=2
         )
         module = _precision(settings).convert_module(make_module())
-        return _predict(settings, module, data, plugins, progress)
+        return _predict(settings, module, data, plugins, progress, last_traffic)
 
 
 def _precision(settings: Federation) -> Precision:
     return Fabric(accelerator="cpu", devices=1, precision=settings.compute["precision"]).strategy.precision
 
 
-def _predict(settings: Federation, module: nn.Module, data: Any, plugins: Sequence[Plugin], progress: Callable[[int], None]) -> CostTable:
+def _predict(
+    settings: Federation,
+    module: nn.Module,
+    data: Any,
+    plugins: Sequence[Plugin],
+    progress: Callable[[int], None],
+    last_traffic: Callable[[Traffic], None],
+) -> CostTable:
     chain = Chain(plugins)
     blank = chain.anew()
     targets = find_targets(module)
     chain.attach(module)
     try:
-        return _Prediction(settings, module, data, chain, blank, targets).rounds(progress)
+        check_partition(settings, chain.partition(Clock(0, 0)))
+        prediction = _Prediction(settings, module, data, chain, blank, targets)
+        table = prediction.rounds(progress)
+        last_traffic(prediction.traffic)
+        return table
     finally:
         chain.detach()
 
@@ -90,16 +124,23 @@ class _Prediction:
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
-        self._lengths: dict[Any, int] = {}
-        self._lengths_up: dict[Any, int] = {}
+        self.divided = DividedPrediction(settings, self.own, data, _precision(settings), self.ledger, self.table)
+        self.traffic = Traffic()
+        self._lengths: dict[Any, _Length] = {}
+        self._lengths_up: dict[Any, _Length] = {}
         self._served: dict[Any, Served] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
         settings = self.settings
         for round in range(settings.rounds):
             self.own.begin(Clock(round, 0))
+            if (partition := self.chain.partition(Clock(round, 0))) is not None:
+                self.divided.round(partition, round)
+                progress(round + 1)
+                continue
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
+            self.traffic = Traffic()
             for client in sample(self.data.num_clients, settings.cohort, settings.seed, round):
                 visit = Visit(round, client, settings.seed)
                 trainee = self.trainees.of(visit)
@@ -137,22 +178,36 @@ class _Prediction:
                 self.meters.note(of_step)
         names = self.ledger.to_send(visit.client, served.wanted, served.made)
         down = self._length({name: served.entries[name] for name in names})
-        cost = self.meters.turn_cost(plan, sum(sizes), down, self._length_up(trainee, plan, visit))
+        up = self._length_up(trainee, plan, visit)
+        whole = sum(value.numel() * value.element_size() for value in plan.received.values())
+        self.traffic = Traffic(*(total + part for total, part in zip(self.traffic, (whole, down.content, up.content))))
+        cost = self.meters.turn_cost(plan, sum(sizes), down.packed, up.packed)
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
 
-    def _length_up(self, trainee: Trainee, plan: Plan, visit: Visit) -> int:
+    def _length_up(self, trainee: Trainee, plan: Plan, visit: Visit) -> _Length:
         """The length of an update, worked out once for all visits whose modules are one and whose entries have the same names."""
         key = id(trainee), tuple(plan.sent)
         if key not in self._lengths_up:
             up = dict(plan.sent)
             if self.chain.by_differences:
                 up = trainee.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
-            self._lengths_up[key] = packed_length(up)
+            self._lengths_up[key] = _length(up)
         return self._lengths_up[key]
 
-    def _length(self, message: Message) -> int:
-        """``packed_length``, worked out once for messages of the same names and shapes."""
+    def _length(self, message: Message) -> _Length:
+        """:func:`_length`, worked out once for messages of the same names and shapes."""
         key = tuple((name, value.shape) for name, value in message.items())
         if key not in self._lengths:
-            self._lengths[key] = packed_length(message)
+            self._lengths[key] = _length(message)
         return self._lengths[key]
+
+
+class _Length(NamedTuple):
+    """Bytes of a message as serialised, and of its tensors alone."""
+
+    packed: int
+    content: int
+
+
+def _length(message: Message) -> _Length:
+    return _Length(packed_length(message), sum(value.numel() * value.element_size() for value in message.values()))

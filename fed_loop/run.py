@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,10 @@ from featherlight.fed_loop.local_step import LocalStep, as_weights
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.trainees import Trainee, Trainees
-from featherlight.fed_loop.turn import Clients, Turn
+from featherlight.fed_loop.turn import Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
 
@@ -66,7 +66,7 @@ class Run:
         setup = partial(_setup, fabric)
         self.own = Trainee(module, self.chain, self.targets, step, setup)
         self.trainees = Trainees(self.own, self.blank, step, setup)
-        self.clients = Clients(fabric, self.trainees, data)
+        self.kinds = RoundKinds(settings, self.processes, self.trainees, data)
         self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
@@ -86,6 +86,7 @@ class Run:
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
+        self.kinds.check()
         if settings.evaluate_clients:
             self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
@@ -123,29 +124,28 @@ class Run:
         settings, processes = self.settings, self.processes
         clock = Clock(round, 0)
         self._advance(clock)
-        cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
+        kind = self.kinds.of(clock)
+        cohort = kind.cohort(round)
         mine = balance(cohort, self.sizes, processes.size)[processes.rank]
         visits = [Visit(round, client, settings.seed) for client in mine]
         mean = Mean(self.trainees.travels(Visit(round, client, settings.seed) for client in cohort), self.chain.decodes)
         total = sum(self.sizes[client] for client in cohort)
         turns: list[Turn] = []
         kept: Message = {}
-        self.clients.begin_round()
-        for index, stream in groupby(self.data.client_batches(visits, settings.local_epochs), key=itemgetter(0)):
-            client = visits[index].client
-            batches = (batch for _, batch in stream)
-            turn, update, memory = self.clients.train(visits[index], batches, self.server, self.ledger, self.memories.get(client, {}))
+        for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
             self._admit(turn, update, self.sizes[turn.client] / total, mean)
             if not turn.rejected:  # what the server did not take counts as never done
-                kept |= {f"{client}:{name}": value for name, value in memory.items()}
+                kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
             turns.append(turn)
             self.report.client_is_done(len(turns), len(visits))
             self._interrupts.check()
+        kind.together(round, turns, self.server, mean)
         mean.reduce(processes.all_reduce)
         everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
         everybody.sort(key=lambda turn: turn.client)
         kept = processes.share(kept) if self.chain.remembers else {}
         self._whole = False  # from here to the end of the round, state is half old and half new
+        kind.settle(round)
         self._remember(kept)
         self._update(mean, clock)
         self._record(round, everybody, time.perf_counter() - started)
@@ -216,6 +216,8 @@ class Run:
         for turn in turns:
             self.ledger.visited(turn.client, turn.kept)
             self.result.cost.add(stage, round, turn.cost)
+            if turn.server is not None:
+                self.result.cost.add_server(stage, round, turn.server)
         used = [turn for turn in turns if not turn.rejected]
         samples = sum(self.sizes[turn.client] for turn in used)
         row: dict[str, float] = {
@@ -228,6 +230,7 @@ class Run:
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
             "lr": self.own.raw_optimizer.param_groups[0]["lr"],
             "seconds": seconds,
+            **_of_server(turns),
             **self.chain.figures(),
         }
         last = round + 1 == self.settings.rounds
@@ -289,6 +292,13 @@ class Run:
                 f"evaluate_clients=True, but {type(self.module).__name__}.validation_step gives no figure for clients' held-out samples "
                 "(a model that learns from two views has none for single images): judge its features by probes, and leave it out"
             )
+
+
+def _of_server(turns: Sequence[Turn]) -> dict[str, float]:
+    """What the server computed in clients' places, where it did."""
+    costs = [turn.server for turn in turns if turn.server is not None]
+    flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
+    return {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
 
 
 def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:

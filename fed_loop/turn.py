@@ -31,7 +31,7 @@ class Turn:
 
     Args:
         loss: mean over steps; kept: what the client keeps of what it received, with versions; rejected: why its update
-            was not used, or nothing.
+            was not used, or nothing; server: what the server computed in this client's place, where it did.
     """
 
     client: int
@@ -40,13 +40,15 @@ class Turn:
     kept: dict[str, int] = field(default_factory=dict)
     rejected: str = ""
     cost: TurnCost = field(default_factory=TurnCost)
+    server: TurnCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Turn:
-        return cls(**{**data, "cost": TurnCost(**data["cost"])})
+        server = data["server"] and TurnCost(**data["server"])
+        return cls(**{**data, "cost": TurnCost(**data["cost"]), "server": server})
 
 
 class Clients:

@@ -7,6 +7,8 @@ from featherlight.plugins.depth_dropout import DepthDropout
 from featherlight.plugins.fetch_sgd import FetchSGD
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
+from featherlight.plugins.partition import Partition
+from featherlight.plugins.partitioned_training import PartitionedTraining
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
@@ -23,6 +25,8 @@ __all__ = [
     "IntrinsicProjection",
     "LayerFreezing",
     "Message",
+    "Partition",
+    "PartitionedTraining",
     "Plugin",
     "PrismSampling",
     "ProgressiveGrowth",

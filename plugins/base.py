@@ -7,9 +7,12 @@ Lightning callback, a federated loop) call its verbs in a fixed order and know n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from featherlight.plugins.partition import Partition
 
 Message = dict[str, Tensor]
 """What travels: entries of a ``state_dict`` (or what codecs made of them) by name."""
@@ -108,6 +111,10 @@ class Plugin:
 
     def narrow(self, visit: Visit) -> nn.Module | None:
         """A really smaller module for this client, or None: the server's own. The same object for clients whose modules are alike."""
+        return None
+
+    def partition(self, clock: Clock) -> Partition | None:
+        """How this round divides the model between a device and the server, or None: clients train all that they hold."""
         return None
 
     # -- federated: a client, from one of its turns to the next -----------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, overrides
+from featherlight.plugins.partition import Partition
 
 
 class Chain(Plugin):
@@ -102,6 +103,27 @@ class Chain(Plugin):
                 f"{needing} needs clients that train the same parameters, and {narrowing} gives them smaller modules: leave one out"
             )
         return modules[0] if modules else None
+
+    def partition(self, clock: Clock) -> Partition | None:
+        for plugin in self.plugins:
+            if (partition := plugin.partition(clock)) is not None:
+                self._check_beside(plugin)
+                return partition
+        return None
+
+    def _check_beside(self, dividing: Plugin) -> None:
+        """Where the model is divided, nobody else may change what of it there is, or what travels.
+
+        Raises:
+            ValueError: somebody would.
+        """
+        verbs = ("advance", "visit", "before_forward", "narrow", "partition", "encode_down", "decode_down", "encode", "decode", "lift")
+        for plugin in self.plugins:
+            if plugin is not dividing and (changed := [verb for verb in verbs if overrides(plugin, verb)]):
+                raise ValueError(
+                    f"{type(dividing).__name__} divides the model between device and server; {type(plugin).__name__} changes the model "
+                    f"or what travels ({', '.join(changed)}): leave one of them out"
+                )
 
     def recall(self, memory: Message, visit: Visit) -> None:
         for place, plugin in enumerate(self.plugins):

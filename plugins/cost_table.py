@@ -56,6 +56,13 @@ class CostTable:
 
     def __init__(self) -> None:
         self._stages: dict[int, _Stage] = {}
+        self.server: CostTable | None = None
+        """What the server computed in clients' places, where it did: a row is the mean over clients, as theirs is."""
+
+    def add_server(self, stage: int, round: int, turn: TurnCost) -> None:
+        """Add what the server computed for one client's turn."""
+        self.server = self.server or CostTable()
+        self.server.add(stage, round, turn)
 
     def add(self, stage: int, round: int, turn: TurnCost) -> None:
         """Add one client's turn in ``round``, which belongs to ``stage`` (counted from 0)."""
@@ -85,22 +92,28 @@ class CostTable:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """``{"rows": […], "total": {…}}``, as ``featherlight cost --json`` writes it."""
-        return {"rows": self.rows(), "total": self.total()}
+        """``{"rows": […], "total": {…}}``, and ``"server"`` likewise if there is one, as ``featherlight cost --json`` writes it."""
+        return {"rows": self.rows(), "total": self.total(), **({} if self.server is None else {"server": self.server.to_json()})}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
-        return {
+        own: dict[str, Any] = {
             str(stage): {"rounds": sorted(entry.rounds), "turns": entry.turns, "peaks": dict(entry.peaks), "sums": dict(entry.sums)}
             for stage, entry in self._stages.items()
         }
+        return own if self.server is None else {**own, "server": self.server.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self._stages = {
             int(stage): _Stage(set(entry["rounds"]), entry["turns"], dict(entry["peaks"]), dict(entry["sums"]))
             for stage, entry in state.items()
+            if stage != "server"
         }
+        self.server = None
+        if "server" in state:
+            self.server = CostTable()
+            self.server.load_state_dict(state["server"])
 
 
 def _whole(value: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from featherlight.plugins.base import Clock, Message, Plugin, Visit
 from featherlight.plugins.projections import PROJECTIONS, Projection
@@ -23,15 +24,15 @@ class _Span:
     """Rounds that share subspaces and the parameters that train.
 
     Args:
-        number: counted from 0; names: of the parameters; size: D, how many numbers they have; base: their values when it began, flat
-            (where nothing travels, nothing); sums: Σ, (K, d), float64; changed: the last round, before the one under way, in which each
-            of the K may have changed; −1: none.
+        number: counted from 0; names: of the parameters; size: D, how many numbers they have; position: θ₀ + Σ_k A_k·Σ_k, flat, float32 or
+            wider (where nothing travels, nothing); sums: Σ, (K, d), float64; changed: the last round, before the one under way, in
+            which each of the K may have changed; −1: none.
     """
 
     number: int
     names: list[str]
     size: int
-    base: Tensor
+    position: Tensor
     sums: Tensor
     changed: list[int] = field(default_factory=list)
 
@@ -40,6 +41,11 @@ class IntrinsicProjection(Plugin):
     """Parameters θ are θ₀ + Σ_k A_k·Σ_k with random A_k (D, d) that all draw from a seed: a client sends Aᵀ·(its change), d numbers,
     and is sent the Σ_k that it does not hold yet. Static with the defaults; ``subspaces`` K > 1: K-subspace; ``periods_per_span``:
     time-varying.
+
+    Which learning rate: the part of a step that lies in the subspace is √(d/D) as long as the step. With ``gain="projection"`` the model
+    moves by that part, so the full model's rate η is the lowest of use and η·D/d the highest (with ``gain="unbiased"``: η·d/D and η);
+    in ``space="gradient"`` the local steps are whole ones and want η itself, and the gain alone says how far their change carries.
+    Tune over decades: where training is stable, larger is better.
 
     The server's step must be the plain average. What is no parameter (running statistics) travels as it is. Under a Trainer, every
     optimizer step is projected, whatever the optimizer, so that the model trains in a subspace of d dimensions (arXiv 1804.08838).
@@ -102,7 +108,6 @@ class IntrinsicProjection(Plugin):
         self._spans: list[_Span] = []
         self._round = -1
         self._maps: dict[tuple[int, int], Projection] = {}
-        self._lifted: Tensor | None = None
         self._seed = 0
         self._before: Tensor | None = None
         self._visit = Visit(0)
@@ -139,13 +144,17 @@ class IntrinsicProjection(Plugin):
         """What the optimizer changed becomes its part in the subspace."""
         if self._before is None:
             return
-        before, self._before = self._before, None
-        change = self._now() - before
+        flat, self._before = self._before, None
         operator = self._map(self._spans[-1].number, self._which(self._visit))
-        inside = before + operator.lift(operator.project(change) * self._gain(change.numel()))
         with torch.no_grad():
-            for name, value in self._split(inside).items():
-                self._model.get_parameter(name).copy_(value)
+            for name, before in self._split(flat).items():  # the change takes the place of what was before: no third vector
+                value = self._model.get_parameter(name)
+                change = value - before
+                value.copy_(before)
+                before.copy_(change)
+            z = operator.project_(flat) * self._gain(flat.numel())
+            for name, inside in self._split(operator.lift(z, out=flat)).items():
+                self._model.get_parameter(name).add_(inside)
 
     # -- federated: down ------------------------------------------------------------------------------------------
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
@@ -156,19 +165,21 @@ class IntrinsicProjection(Plugin):
                 if span.changed[which] >= 0:
                     vectors[f"{PREFIX}.{span.number}.{which}@{span.changed[which]}"] = span.sums[which].float()
         missing = [name for name in vectors if name not in kept]
-        size, covered = self._spans[-1].size, set(self._spans[-1].names)
+        now = set(self._spans[-1].names)
+        resting = {name for span in self._spans[:-1] for name in span.names} - now  # where their spans' vectors left them
+        size = self._spans[-1].size + sum(message[name].numel() for name in resting if name in message)
         stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
         if stranger or len(missing) * self.dim >= size:
-            held_now = {f"{PREFIX}.start@0": message[next(iter(covered))].new_zeros(0)}
+            held_now = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
             return message | held_now | {name: vector.new_zeros(0) for name, vector in vectors.items()}
         start = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
-        return {name: value for name, value in message.items() if name not in covered} | start | vectors
+        return {name: value for name, value in message.items() if name not in now | resting} | start | vectors
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         rest = {name: value for name, value in message.items() if not name.startswith(f"{PREFIX}.")}
         if not message.keys().isdisjoint(self._spans[-1].names):
             return rest
-        return rest | self._split(self._position().to(self._spans[-1].base.dtype))
+        return rest | self._split(self._spans[-1].position)
 
     # -- federated: up --------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
@@ -182,8 +193,12 @@ class IntrinsicProjection(Plugin):
                 f"{strangers[0]} is not a parameter of the server's model that trains in this round: clients with modules of their own, "
                 "smaller ones, have no subspace in common; leave one of the two methods out"
             )
-        change = self._flat({name: message.get(name, parameters[name].new_zeros(()).expand(parameters[name].shape)) for name in span.names})
-        z = self._map(span.number, self._which(visit)).project(change) * self._gain(change.numel())
+        values = {name: message.get(name, parameters[name].new_zeros(()).expand(parameters[name].shape)) for name in span.names}
+        first = next(iter(values.values()))
+        if isinstance(first, FakeTensor):  # a prediction asks for the shape alone; hundreds of products without data take minutes
+            return {f"{PREFIX}.z": first.new_zeros(self.dim), **others}
+        change = self._flat(values)
+        z = self._map(span.number, self._which(visit)).project_(change) * self._gain(change.numel())
         return {f"{PREFIX}.z": z, **others}
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
@@ -202,16 +217,21 @@ class IntrinsicProjection(Plugin):
         span = self._spans[-1]
         mean = mean.view(self.subspaces, self.dim)
         span.sums += mean
-        self._lifted = None
-        return {**total, **self._split(self._position() - self._now().double())}
+        moved = torch.empty_like(span.position)
+        for which in range(self.subspaces):
+            if bool(mean[which].any()):  # somebody drew it
+                span.position += self._map(span.number, which).lift(mean[which].to(moved.dtype), out=moved)
+        changes = self._split(moved.copy_(span.position))
+        for name, change in changes.items():
+            change -= self._model.get_parameter(name).detach()
+        return {**total, **changes}
 
     def settle(self, server: nn.Module, clock: Clock) -> None:
-        if not self._spans or self._lifted is None:
-            return
-        now = self._now()
-        expected = self._position().to(now.dtype)
-        if not torch.allclose(now, expected, rtol=4 * torch.finfo(now.dtype).eps, atol=1e-12):  # a rounding of what was just set
-            raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
+        for name, value in self._split(self._spans[-1].position).items() if self._spans else ():
+            now = self._model.get_parameter(name).detach()
+            rounding = 4 * torch.finfo(now.dtype).eps * float(value.abs().max())
+            if not torch.allclose(now, value.to(now.dtype), rtol=0, atol=rounding):
+                raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +244,7 @@ class IntrinsicProjection(Plugin):
             _Span(
                 **{
                     **span,
-                    "base": span["base"].to(device),
+                    "position": span["position"].to(device, copy=True),
                     "sums": span["sums"].to(device, copy=True),
                     "names": list(span["names"]),
                     "changed": list(span["changed"]),
@@ -232,7 +252,7 @@ class IntrinsicProjection(Plugin):
             )
             for span in state["spans"]
         ]
-        self._maps, self._lifted = {}, None
+        self._maps = {}
 
     # -- helpers --------------------------------------------------------------------------------------------------
     @property
@@ -268,12 +288,14 @@ class IntrinsicProjection(Plugin):
         if self.dim > size:
             raise ValueError(f"dim={self.dim}: {size} parameters train in this stage; give that many or fewer")
         values = [value.detach().flatten() for value in live.values()]
-        base = values[0].new_zeros(0) if self._alone else torch.cat(values)
-        sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=base.device)
+        position = values[0].new_zeros(0) if self._alone else torch.cat(values)
+        if position.element_size() < 4:  # what many rounds add would be lost in rounding
+            position = position.float()
+        sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=position.device)
         for span in self._spans:  # only their sums are needed any more, by those who were away
-            span.base, span.names = base.new_zeros(0), []
-        self._spans.append(_Span(len(self._spans), list(live), size, base, sums, [-1] * self.subspaces))
-        self._maps, self._lifted = {}, None
+            span.position = position.new_zeros(0)
+        self._spans.append(_Span(len(self._spans), list(live), size, position, sums, [-1] * self.subspaces))
+        self._maps = {}
 
     def _map(self, span: int, which: int) -> Projection:
         if (span, which) not in self._maps:
@@ -290,16 +312,6 @@ class IntrinsicProjection(Plugin):
 
     def _gain(self, size: int) -> float:
         return {"projection": self.dim / size, "unbiased": 1.0}[self.gain] if isinstance(self.gain, str) else self.gain
-
-    def _position(self) -> Tensor:
-        """θ₀ + Σ_k A_k·Σ_k, flat, float64; worked out once for all that ask in a round."""
-        span = self._spans[-1]
-        if self._lifted is None:
-            position = span.base.double()
-            for which in range(self.subspaces):
-                position = position + self._map(span.number, which).lift(span.sums[which].to(span.base.dtype))
-            self._lifted = position
-        return self._lifted
 
     def _flat(self, entries: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([entries[name].flatten() for name in self._spans[-1].names])

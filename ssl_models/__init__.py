@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from featherlight.ssl_models.byol import BYOL as BYOL
     from featherlight.ssl_models.classifier import Classifier as Classifier
     from featherlight.ssl_models.data import ImageData as ImageData
+    from featherlight.ssl_models.language_model import LanguageModel as LanguageModel
     from featherlight.ssl_models.moco_v3 import MoCoV3 as MoCoV3
     from featherlight.ssl_models.partitions import IID as IID
     from featherlight.ssl_models.partitions import Dirichlet as Dirichlet
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from featherlight.ssl_models.probes import FineTune as FineTune
     from featherlight.ssl_models.probes import LinearProbe as LinearProbe
     from featherlight.ssl_models.simclr import SimCLR as SimCLR
+    from featherlight.ssl_models.text import TextData as TextData
 
 _HOME = {
     "BYOL": "byol",
@@ -31,11 +33,13 @@ _HOME = {
     "IID": "partitions",
     "ImageData": "data",
     "KNN": "probes",
+    "LanguageModel": "language_model",
     "LinearProbe": "probes",
     "MoCoV3": "moco_v3",
     "Natural": "partitions",
     "Shards": "partitions",
     "SimCLR": "simclr",
+    "TextData": "text",
     "make_backbone": "backbones",
 }
 

@@ -212,6 +212,31 @@ class ResNet9(nn.Module):
         return self.pool(self.layer3(self.layer2(self.layer1(self.stem(x))))).flatten(1)
 
 
+class ResNet9Basic(nn.Module):
+    """Nine layers of convolutions and one linear head: two convolutions, then three basic residual blocks, ``blocks.0`` … ``blocks.4``.
+
+    With a linear layer for 10 classes it has 9.39 M parameters, 76,032 of them in the two convolutions, which put out 128×8×8 for images of
+    32 px: the sizes of EcoFed's ResNet9 (arXiv 2304.05495), of which the paper prints no more.
+    """
+
+    feature_dim = 512
+
+    def __init__(self, image_size: int, in_channels: int) -> None:
+        super().__init__()
+        from torchvision.models.resnet import BasicBlock
+
+        def block(inputs: int, width: int, stride: int) -> nn.Module:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)) if inputs != width else None
+            return BasicBlock(inputs, width, stride, shortcut)
+
+        stem = ConvBlock(in_channels, 64, pool=True, bias=True), ConvBlock(64, 128, pool=True, bias=True)
+        self.blocks = nn.Sequential(*stem, block(128, 256, 2), block(256, 512, 2), block(512, 512, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.blocks(x)).flatten(1)
+
+
 class VGG11(nn.Module):
     """VGG-11 (arXiv 1409.1556) with batch norm: ``blocks.0`` … ``blocks.7``, one convolution each.
 
@@ -242,6 +267,7 @@ class VGG11(nn.Module):
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18_cifar": resnet18_cifar,
     "resnet9": ResNet9,
+    "resnet9_basic": ResNet9Basic,
     "vgg11": VGG11,
     "vit": vit,
     "vit_tiny": vit_tiny,

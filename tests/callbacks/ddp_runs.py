@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.callbacks import (
+    CostMonitor,
+    DepthDropout,
+    FreshStart,
+    IntrinsicProjection,
+    LayerFreezing,
+    PrismSampling,
+    ProgressiveGrowth,
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -56,6 +64,8 @@ RUNS = {
     "freezing": (Model, lambda: [LayerFreezing(**STAGES), CostMonitor(show=False)], {}),
     "growth": (Model, lambda: [ProgressiveGrowth(**STAGES, warmup_periods=1), DepthDropout(**BLOCKS)], {"max_epochs": 6}),
     "accumulation": (Model, lambda: [LayerFreezing(**STAGES)], {"accumulate_grad_batches": 2}),
+    "subspace": (Model, lambda: [IntrinsicProjection(dim=60)], {"accumulate_grad_batches": 2}),
+    "subspaces of stages": (Model, lambda: [IntrinsicProjection(dim=20, projection="sparse_signs"), LayerFreezing(**STAGES)], {}),
     "sampling": (Model, lambda: [PrismSampling(keep=0.5)], {}),
     "every batch": (Model, lambda: [DepthDropout(**BLOCKS, every="batch")], {"strategy": "ddp_fork_find_unused_parameters_true"}),
     "batch norm and target": (

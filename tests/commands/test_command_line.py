@@ -207,7 +207,7 @@ def test_print_config_shows_every_default(config: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*REPOSITORY.glob("configs/*/*.yaml"), REPOSITORY / "configs/prism_resnet18.yaml"]),
+    sorted([*REPOSITORY.glob("configs/*/*.yaml"), *REPOSITORY.glob("configs/*_resnet18.yaml"), *REPOSITORY.glob("configs/ecofed_*.yaml")]),
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_configuration_we_ship_is_understood(path: Path) -> None:

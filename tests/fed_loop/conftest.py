@@ -164,14 +164,15 @@ def same():
 
 def timeless(result):
     """History and cost without what a clock says."""
-    history = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    history = [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in result.history]
     return history, untimed(result.cost)
 
 
 def untimed(table):
     cost = table.to_json()
-    for row in (*cost["rows"], cost["total"]):
-        row.pop("seconds")
+    for part in (cost, *([cost["server"]] if "server" in cost else [])):
+        for row in (*part["rows"], part["total"]):
+            row.pop("seconds")
     return cost
 
 

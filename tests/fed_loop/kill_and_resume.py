@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from featherlight.fed_loop import Adam, Federation
-from featherlight.plugins import DepthDropout, LayerFreezing, Plugin
+from featherlight.plugins import DepthDropout, LayerFreezing, PartitionedTraining, Plugin
 
 STEPS = 50  # 6 rounds of 3 of 4 clients of 2 to 4 batches have more
 
@@ -38,13 +38,12 @@ class Say(Plugin):
 
 def train(folder, every, said):
     toys = load("conftest")
-    if folder.name != "whole":
+    if not folder.name.endswith("whole"):
         sys.stderr = (folder.parent / f"{folder.name}.err").open("a")
-    plugins = [
-        LayerFreezing(blocks="blocks.*", periods_per_stage=2, init="copy_previous"),
-        DepthDropout(blocks="blocks.*"),
-        Say(said),
-    ]
+    plugins = [LayerFreezing(blocks="blocks.*", periods_per_stage=2, init="copy_previous"), DepthDropout(blocks="blocks.*")]
+    if folder.name.startswith("replay"):
+        plugins = [PartitionedTraining("blocks.1", replay_period=3)]
+    plugins.append(Say(said))
     federation = Federation(6, cohort=3, seed=4, server=Adam(0.1), folder=folder, checkpoint_every=every, accelerator="cpu", progress=False)
     module = toys.Net(dropout=0.3)
     result = federation.run(module, toys.Points([10, 14, 8, 11]), plugins, resume=True)
@@ -74,7 +73,13 @@ if __name__ == "__main__":
     folder, moments = Path(sys.argv[1]), random.Random(sys.argv[2])
     multiprocessing.set_start_method("fork")
     run(folder / "whole")
-    for name, number, every in (("killed", signal.SIGKILL, 1), ("interrupted", signal.SIGINT, 1), ("seldom saved", signal.SIGTERM, 100)):
+    run(folder / "replay whole")
+    for name, number, every in (
+        ("killed", signal.SIGKILL, 1),
+        ("replay killed", signal.SIGKILL, 1),
+        ("interrupted", signal.SIGINT, 1),
+        ("seldom saved", signal.SIGTERM, 100),
+    ):
         (folder / f"{name}.err").touch()
         code = run(folder / name, every, number, moments.uniform(1, STEPS))
         (folder / f"{name}.code").write_text(str(code))

@@ -14,6 +14,7 @@ from featherlight.plugins import (
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
+    PartitionedTraining,
     PrismSampling,
     ProgressiveGrowth,
     Quantization,
@@ -92,6 +93,26 @@ def sketched(toys, settings):
     """Momentum and error in the server's sketches, which begin anew with each stage."""
     plugins = [LayerFreezing("blocks.*", periods_per_stage=2), FetchSGD(columns=20, rows=3, k=15)]
     return Federation(4, cohort=3, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), plugins
+
+
+def replayed(toys, settings):
+    """A rear for each client behind a frozen front, from what the server keeps of four clients of five; one client rejected."""
+    data = toys.Points([10, 3, 14, 6, 8])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000)]
+    return Federation(5, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
+
+
+def jointly(toys, settings):
+    """One rear for all, which one process trains."""
+    plugins = [PartitionedTraining("blocks.1", replay_period=2, joint=True, draws=2, bits=6)]
+    return Federation(4, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+
+
+def lockstep(toys, settings):
+    """Both parts train, step by step."""
+    plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]
+    return Federation(2, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

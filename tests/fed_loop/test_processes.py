@@ -29,7 +29,13 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(
     ("launcher", "names"),
-    [("devices=2", ["growing"]), ("torchrun", ["layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched"])],
+    [
+        ("devices=2", ["growing"]),
+        (
+            "torchrun",
+            ["layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "replayed", "jointly", "lockstep"],
+        ),
+    ],
 )
 def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # threads are the run's own to choose
@@ -41,4 +47,5 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
-        assert sum(row["rejected"] for row in figures[0]) == (4 if name in ("growing", "projected", "remembered") else 0)
+        rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3}  # one client in every round in which it takes part
+        assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)

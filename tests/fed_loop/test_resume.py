@@ -76,13 +76,15 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["killed", "interrupted", "seldom saved"])
+@pytest.mark.parametrize("how", ["killed", "replay killed", "interrupted", "seldom saved"])
 def test_stopped_at_a_random_moment(how, stopped, same):
-    assert (stopped / f"{how}.code").read_text() == {"killed": "-9"}.get(how, "1")
-    same(*(torch.load(stopped / name / "done.pt") for name in (how, "whole")))
-    figures, wanted = (json.loads((stopped / name / "figures.json").read_text()) for name in (how, "whole"))
+    killed = how.endswith("killed")
+    whole = "replay whole" if how.startswith("replay") else "whole"
+    assert (stopped / f"{how}.code").read_text() == ("-9" if killed else "1")
+    same(*(torch.load(stopped / name / "done.pt") for name in (how, whole)))
+    figures, wanted = (json.loads((stopped / name / "figures.json").read_text()) for name in (how, whole))
     assert figures == wanted
-    if how != "killed":
+    if not killed:
         said = " ".join((stopped / f"{how}.err").read_text().split())
         assert "interrupted; saved" in said
         assert "Start again with --resume to go on" in said

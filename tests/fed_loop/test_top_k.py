@@ -1,6 +1,7 @@
 """Rounds in which clients send few elements and remember the rest, against the same rounds by hand; what is sent to those who were away."""
 
 import copy
+import signal
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from featherlight.fed_loop import Momentum
 from featherlight.fed_loop.cohort import sample
 from featherlight.fed_loop.predict import predict
-from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, Plugin, PrismSampling, Quantization, TopK
+from featherlight.plugins import DepthDropout, FetchSGD, IntrinsicProjection, LayerFreezing, Plugin, PrismSampling, Quantization, TopK
 
 SIZES = [6, 10, 14]
 
@@ -236,6 +237,36 @@ def test_resumed_is_uninterrupted(done, net, points, federation, same, figures, 
     whole, result = run(5)
     run(done, tmp_path)
     resumed, again = run(5, tmp_path, resume=True, seed=9)
+    same(resumed, whole)
+    assert figures(again) == figures(result)
+
+
+class Stop(Plugin):
+    """Ctrl-C in the first client's turn of a round."""
+
+    def __init__(self, round=-1):
+        self._round = round
+
+    def after_backward(self, clock):
+        if clock.period == self._round:
+            self._round = -1
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("sparse", [lambda: TopK(15), lambda: FetchSGD(20, 3, k=15)], ids=["top-k", "FetchSGD"])
+def test_interrupted_within_a_round(sparse, net, points, federation, same, figures, tmp_path):
+    """The client whose turn was over before the interruption has it again, with what it remembered before."""
+
+    def run(stop=-1, **options):
+        module = net(sgd)
+        settings = federation(4, cohort=2, folder=tmp_path if options or stop >= 0 else None, checkpoint_every=9)
+        result = settings.run(module, points(SIZES), [sparse(), Stop(stop)], **options)
+        return module.state_dict(), result
+
+    whole, result = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=2)
+    resumed, again = run(resume=True)
     same(resumed, whole)
     assert figures(again) == figures(result)
 

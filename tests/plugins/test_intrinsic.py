@@ -260,7 +260,7 @@ def test_spans_begin_where_they_are_due_and_where_others_train():
     plugin.encode({}, Visit(9))
     assert plugin._spans[-1].number == 4
     assert plugin._spans[-1].names == NAMES[2:]
-    assert all(span.base.numel() == 0 for span in plugin._spans[:-1])
+    assert all(span.position.numel() == 0 for span in plugin._spans[:-1])
 
 
 def test_state_goes_round():

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherlight.plugins.projections import PROJECTIONS, Fastfood, SparseSigns, walsh_hadamard
+from featherlight.plugins import projections
+from featherlight.plugins.hadamard import passes, walsh_hadamard
+from featherlight.plugins.projections import PROJECTIONS, Fastfood, SparseSigns
 
 KINDS = pytest.mark.parametrize("kind", PROJECTIONS)
 
@@ -64,6 +66,29 @@ def test_a_length_that_is_no_power_of_two_is_refused(length):
         walsh_hadamard(torch.zeros(length))
 
 
+def test_the_transform_is_its_own_gradient():
+    """Not a multiple of it: a factor 1/L is easily lost."""
+    assert torch.autograd.gradcheck(walsh_hadamard, (numbers(16).view(2, 8).requires_grad_(),))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 11])
+@pytest.mark.parametrize("inner", [1, 3])
+def test_along_a_middle_axis(bits, inner):
+    """In several rows, and in one of which the end is zero or of no use."""
+    length = 1 << bits
+    x = numbers(2 * length * inner).view(2, length, inner)
+    wanted = torch.einsum("ij,ojk->oik", hadamard(bits), x)
+    torch.testing.assert_close(passes(x.clone(), torch.empty_like(x))[0], wanted)
+    for cut in {1, length // 2, length - 1, length}:
+        one = x[:1].clone()
+        found, _ = passes(one, torch.empty_like(one), wanted=cut)
+        torch.testing.assert_close(found[0, :cut], wanted[0, :cut])
+        one = x[:1].clone()
+        one[:, cut:] = 0
+        wanted_of_it = torch.einsum("ij,ojk->oik", hadamard(bits), one)
+        torch.testing.assert_close(passes(one, torch.full_like(one, float("nan")), given=cut)[0], wanted_of_it)
+
+
 # -- the maps ---------------------------------------------------------------------------------------------------------
 SHAPES = st.integers(1, 300).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size)))
 
@@ -117,27 +142,49 @@ def test_norms_are_kept_in_the_mean(kind):
         assert abs(float(lengths.mean() - wanted)) <= 5 * float(lengths.std()) / seeds**0.5 + 1e-9 * float(wanted)
 
 
-@pytest.mark.parametrize(("size", "dim"), [(16, 4), (13, 13), (100, 9), (2, 1), (1, 1)])
-def test_fastfood_is_its_formula(size, dim):
+def square(map_):
+    """Of a Fastfood, Π as the order in which numbers are taken, and G, both of length L."""
+    places = torch.arange(map_.length).view(len(map_._row_order), len(map_._column_order))
+    order = places[map_._row_order][:, map_._column_order].flatten()
+    assert order.sort().values.tolist() == list(range(map_.length))
+    return order, map_._normal.transpose(0, 1).reshape(map_.length).double()
+
+
+@pytest.mark.parametrize("panel", [projections.PANEL, 16], ids=["one panel", "panels of 16 numbers"])
+@pytest.mark.parametrize(("size", "dim"), [(16, 4), (13, 13), (100, 9), (2, 1), (1, 1), (70, 40), (65, 50), (60, 1), (64, 64)])
+def test_fastfood_is_its_formula(size, dim, panel, monkeypatch):
     """√(D/d)·(H G Π H B)[:D, :d] / (√(L·ΣG²)·√(D/L)) by dense matrices."""
+    monkeypatch.setattr(projections, "PANEL", panel)
     map_ = Fastfood(size, dim, 3)
     length = map_.length
     assert length == max(2, 1 << (size - 1).bit_length())
     bits = length.bit_length() - 1
-    places = torch.arange(length).view(len(map_._rows), len(map_._columns))
-    order = torch.stack([places[row, column] for column in map_._columns for row in map_._rows])  # Π: which number goes where
-    assert order.sort().values.tolist() == list(range(length))
+    order, normal = square(map_)
     permutation = torch.eye(length, dtype=torch.float64)[order]
     signs = torch.ones(length, dtype=torch.float64)
     signs[:dim] = map_._signs.double()
     assert set(map_._signs.tolist()) <= {-1, 1}
-    normal = map_._normal.double()
     product = hadamard(bits) @ normal.diag() @ permutation @ hadamard(bits) @ signs.diag()
     divisor = (length * normal.square().sum()).sqrt() * (size / length) ** 0.5
     torch.testing.assert_close(dense(map_), (size / dim) ** 0.5 * product[:size, :dim] / divisor)
     # all L rows of a column of P together, √(D/L) taken back, have exactly unit length
     whole = product[:, :dim] / (length * normal.square().sum()).sqrt()
     torch.testing.assert_close(whole.square().sum(0), torch.ones(dim, dtype=torch.float64))
+    g = numbers(size)
+    torch.testing.assert_close(map_.project(g), dense(map_).T @ g)
+
+
+def test_fastfood_s_normals_are_normal():
+    """2¹⁸ of them, in units of 1/29: moments within 5 standard errors, and the share beyond two deviations."""
+    _, normal = square(Fastfood(2**18, 1, 11))
+    normal, count = normal / 29, 2**18
+    assert abs(float(normal.mean())) < 5 / count**0.5
+    assert abs(float(normal.square().mean()) - 1) < 5 * (2 / count) ** 0.5 + 1 / 29**2  # rounding adds 1/(12·29²)
+    assert abs(float(normal.pow(4).mean()) - 3) < 5 * (96 / count) ** 0.5 + 0.01
+    assert float((normal.abs() > 2).double().mean()) == pytest.approx(0.0455, abs=0.004)
+    assert float(normal.abs().max()) < 4.4
+    close = (normal[1:] * normal[:-1]).mean()
+    assert abs(float(close)) < 5 / count**0.5
 
 
 def test_sparse_signs_have_one_entry_in_every_row():
@@ -149,17 +196,41 @@ def test_sparse_signs_have_one_entry_in_every_row():
         assert set(count.tolist()) <= {size // dim, -(-size // dim)}  # places are used evenly
 
 
-def test_sparse_signs_over_several_blocks(monkeypatch):
-    """Blocks of 8 numbers: an offset for each, and the same adjoint."""
-    monkeypatch.setattr("featherlight.plugins.projections.BLOCK", 8)
-    map_ = SparseSigns(100, 4, 1)
+@pytest.mark.parametrize("tile", [1, 3, 1000])
+def test_sparse_signs_over_several_blocks(tile, monkeypatch):
+    """Blocks of 8 numbers: an offset for each; the entry of parameter i = ρ·d + j is r[ρ]·s[ρ + p] at p = j + o mod d."""
+    monkeypatch.setattr(projections, "BLOCK", 8)
+    monkeypatch.setattr(projections, "TILE", tile)
+    map_ = SparseSigns(103, 4, 1)
     matrix = dense(map_)
     place = matrix.abs().argmax(1)
     offsets = {(int(place[i]) - i) % 4 for i in range(100)}
     assert len(offsets) > 1
-    assert all(len({(int(place[i]) - i) % 4 for i in range(start, min(start + 8, 100))}) == 1 for start in range(0, 100, 8))
-    g = numbers(100)
+    for start, stop in ((0, 8), (8, 16), (88, 96), (96, 100), (100, 103)):  # the row that is not whole is a block of its own
+        assert len({(int(place[i]) - i) % 4 for i in range(start, stop)}) == 1
+    for i in range(103):
+        row, p = i // 4, int(place[i])
+        assert float(matrix[i, p]) == int(map_._of_row[row]) * int(map_._of_place[row + p])
+    g = numbers(103)
     torch.testing.assert_close(map_.project(g), matrix.T @ g)
+
+
+def test_sparse_signs_vary_as_independent_ones_do():
+    """Over all signs that r and s can have: the mean of Aᵀ·A·Aᵀ·A's trace and of ‖Aᵀ·1‖⁴ are those of D independent signs.
+
+    D = 6, d = 2: three parameters meet in each place, so ‖Aᵀ·1‖² is the sum of two squared sums of three signs: 6 in the mean, its
+    square 2·E S⁴ + 2·(E S²)² = 2·21 + 2·9 = 60.
+    """
+    map_ = SparseSigns(6, 2, 0)
+    rows, places = len(map_._of_row), len(map_._of_place)
+    assert (rows, places) == (3, 4)
+    squares = []
+    for number in range(2 ** (rows + places)):
+        signs = torch.tensor([1 - 2 * (number >> bit & 1) for bit in range(rows + places)], dtype=torch.int8)
+        map_._of_row, map_._of_place = signs[:rows], signs[rows:]
+        squares.append(float(map_.project(torch.ones(6)).square().sum()))
+    assert sum(squares) / len(squares) == 6
+    assert sum(value**2 for value in squares) / len(squares) == 60
 
 
 @KINDS
@@ -215,13 +286,61 @@ def test_dtypes_are_kept(kind, dtype):
 
 
 @KINDS
-def test_nothing_as_large_as_the_matrix_is_kept(kind):
-    """A is 5000 × 1000; L is 8192."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adjoint_in_half_precision(kind, dtype):
+    """⟨A z, g⟩ = ⟨z, Aᵀ g⟩ but for the rounding of what comes out: at most half a unit in the last place of every number."""
+    map_ = PROJECTIONS[kind](3000, 200, 4)
+    z, g = numbers(200).to(dtype), numbers(3000, 1).to(dtype)
+    lifted, projected = map_.lift(z).double(), map_.project(g).double()
+    unit = torch.finfo(dtype).eps / 2
+    bound = unit * float(lifted.abs() @ g.double().abs() + z.double().abs() @ projected.abs())
+    assert 0 < abs(float(lifted @ g.double() - z.double() @ projected)) <= bound
+    exact = map_.project(g.double())
+    assert bool(((projected - exact).abs() <= 1.001 * unit * exact.abs() + 1e-5).all())  # summed in float32, rounded once
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_into_given_memory(kind, dtype):
+    """The same numbers; what is projected in place is used up, what is projected otherwise is kept."""
+    map_ = PROJECTIONS[kind](300, 20, 4)
+    z, g = numbers(20).to(dtype), numbers(300).to(dtype)
+    kept, wanted = g.clone(), map_.project(g)
+    assert torch.equal(g, kept)
+    assert torch.equal(map_.project_(g), wanted)
+    assert torch.equal(map_.project(kept.repeat(2).view(2, -1).T[:, 0]), wanted)  # a vector with gaps
+    out, gaps = torch.empty(300, dtype=dtype), torch.empty(300, 2, dtype=dtype)
+    assert map_.lift(z, out=out) is out
+    assert torch.equal(out, map_.lift(z))
+    assert torch.equal(map_.lift(z, out=gaps[:, 1]), out)
+    with pytest.raises(ValueError, match=r"expected a vector of 300 numbers, got shape \(20,\)"):
+        map_.lift(z, out=z)
+
+
+@KINDS
+def test_threads_draw_the_same(kind):
+    before = torch.get_num_threads()
+    drawn = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            map_ = PROJECTIONS[kind](70000, 300, 5)
+            drawn.append(({name: value for name, value in vars(map_).items() if isinstance(value, torch.Tensor)}, map_.lift(numbers(300))))
+    finally:
+        torch.set_num_threads(before)
+    (one, first), (two, second) = drawn
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    torch.testing.assert_close(first, second)
+
+
+@KINDS
+def test_what_a_map_keeps(kind):
+    """A is 5000 × 1000; L is 8192: a byte for each of its numbers, or two bytes for each of d and D/d, and orders of √L."""
     map_ = PROJECTIONS[kind](5000, 1000, 1)
     map_.project(map_.lift(torch.ones(1000)))
-    kept = [value.numel() for value in vars(map_).values() if isinstance(value, torch.Tensor)]
-    assert sum(kept) <= 8192 + 1000 + 1000
-    assert max(kept, default=0) <= 8192
+    kept = sum(value.numel() * value.element_size() for value in vars(map_).values() if isinstance(value, torch.Tensor))
+    assert kept <= {"fastfood": 8192 + 1000 + 8 * (64 + 128) + 8, "sparse_signs": 1000 + 2 * 5}[kind]
 
 
 @KINDS

@@ -113,7 +113,10 @@ def test_any_model_of_timm_and_torchvision(name: str, dim: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"name": "resnet18_cifer"}, 'resnet18_cifar, resnet9, vgg11, vit, vit_tiny, and any timm/NAME.*Did you mean "resnet18_cifar"'),
+        (
+            {"name": "resnet18_cifer"},
+            'resnet18_cifar, resnet9, resnet9_basic, vgg11, vit, vit_tiny, and any timm/NAME.*Did you mean "resnet18_cifar"',
+        ),
         ({"name": "timm/resnet1"}, "timm has no model.*did you mean resnet"),
         ({"name": "torchvision/resnet"}, "torchvision has no model.*did you mean resnet"),
         ({"name": "torchvision/squeezenet1_0"}, "does not end in a linear classifier"),

@@ -1,0 +1,134 @@
+"""The kinds of rounds there are: clients train all that they hold, or a device and the server each have a part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.lockstep_rounds import LockstepRounds
+from featherlight.fed_loop.processes import Processes
+from featherlight.fed_loop.stored_rounds import StoredRounds
+from featherlight.fed_loop.trainees import Trainees
+from featherlight.fed_loop.turn import Clients, Turn
+from featherlight.plugins import Clock, Message, Partition, Visit
+
+if TYPE_CHECKING:
+    from featherlight.fed_loop.federation import Federation
+
+
+class RoundKind(Protocol):
+    """What differs from one kind of round to another."""
+
+    def cohort(self, round: int) -> list[int]:
+        """Who takes part, ascending."""
+
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        """For each of this process's clients its turn's report, its update as it arrived at the server, and what it remembers.
+
+        Args:
+            memories: by client, what those remember who had a turn.
+        """
+
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+        """What is trained once all turns of this process are over."""
+
+    def settle(self, round: int) -> None:
+        """The round has come to its end: from here on it counts."""
+
+
+class RoundKinds:
+    """Finds the kind of a round."""
+
+    def __init__(self, settings: Federation, processes: Processes, trainees: Trainees, data: Any) -> None:
+        self._settings, self._processes, self._trainees, self._data = settings, processes, trainees, data
+
+    def of(self, clock: Clock) -> RoundKind:
+        """The kind of the round at ``clock``."""
+        partition = self._trainees.own.chain.partition(clock)
+        if partition is None:
+            return self._whole
+        return _Divided(self._settings, partition, self._lockstep if partition.buffer is None else self._stored, self._data)
+
+    def check(self) -> None:
+        """What would fail in the first round is better found now.
+
+        Raises:
+            ValueError: settings that do not go with the kind.
+        """
+        check_partition(self._settings, self._trainees.own.chain.partition(Clock(0, 0)))
+
+    @cached_property
+    def _whole(self) -> RoundKind:
+        return _Whole(self._settings, Clients(self._processes.fabric, self._trainees, self._data), self._data)
+
+    @cached_property
+    def _lockstep(self) -> LockstepRounds:
+        return LockstepRounds(self._processes, self._trainees.own, self._data, self._settings.local_epochs)
+
+    @cached_property
+    def _stored(self) -> StoredRounds:
+        return StoredRounds(self._processes, self._trainees.own, self._data, self._settings.local_epochs)
+
+
+def check_partition(settings: Federation, partition: Partition | None) -> None:
+    """Refuse settings that a divided model cannot have.
+
+    Raises:
+        ValueError: gradients are to be clipped whose norm nobody has.
+    """
+    if partition is not None and partition.buffer is None and settings.clip is not None:
+        raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
+
+
+class _Whole:
+    """Clients train all that they hold."""
+
+    def __init__(self, settings: Federation, clients: Clients, data: Any) -> None:
+        self._settings, self._clients, self._data = settings, clients, data
+
+    def cohort(self, round: int) -> list[int]:
+        return sample(self._data.num_clients, self._settings.cohort, self._settings.seed, round)
+
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        self._clients.begin_round()
+        for index, stream in groupby(self._data.client_batches(visits, self._settings.local_epochs), key=itemgetter(0)):
+            visit = visits[index]
+            yield self._clients.train(visit, (batch for _, batch in stream), server, ledger, memories.get(visit.client, {}))
+
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+        """Every client has trained alone."""
+
+    def settle(self, round: int) -> None:
+        """Nothing is kept."""
+
+
+class _Divided:
+    """Device and server each have a part."""
+
+    def __init__(self, settings: Federation, partition: Partition, work: LockstepRounds | StoredRounds, data: Any) -> None:
+        self._settings, self._partition, self._work, self._data = settings, partition, work, data
+
+    def cohort(self, round: int) -> list[int]:
+        return self._work.cohort(self._partition, self._settings.cohort, self._settings.seed, round)
+
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        for turn, update in self._work.turns(self._partition, visits, server, ledger):
+            yield turn, update, {}
+
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+        self._work.together(self._partition, turns, round, self._settings.seed, server, mean)
+
+    def settle(self, round: int) -> None:
+        self._work.settle(self._partition, round)

@@ -1,0 +1,229 @@
+"""A model in two parts: each computes what it should and nothing else; the front's weights from files."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from featherlight.plugins import Chain, Clock, DepthDropout, IntrinsicProjection, LayerFreezing, PartitionedTraining, PrismSampling
+from featherlight.plugins.cut import Cut, InOrder
+from featherlight.ssl_models import Classifier
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    def training_step(self, batch, index=0):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def cut_of(model, block="blocks.1", targets=None, **options):
+    return Cut(model, block, options.get("stem"), options.get("tail"), targets or {})
+
+
+def test_the_two_parts_make_the_whole():
+    model, x, labels = Net(), torch.randn(7, 4), torch.randint(3, (7,))
+    whole = model.training_step((x, labels))
+    cut = cut_of(model)
+    activations = cut.run(x)
+    assert torch.equal(activations, torch.relu(model.blocks[0](x)))
+    assert [name for name in model.state_dict() if cut.has(name)] == ["blocks.0.weight", "blocks.0.bias"]
+    images = torch.empty(7, 4, device="meta")  # there is nothing to see of them
+    with cut.fed(lambda branch, rows: activations):
+        assert all(parameter.is_meta for parameter in model.blocks[0].parameters())
+        loss = model.training_step((images, labels))
+    assert torch.equal(loss, whole)
+    assert torch.equal(model.training_step((x, labels)), whole)
+    cut.remove()
+    assert not model.blocks[1]._forward_hooks
+
+
+def test_a_vision_transformer_with_class_token_and_positions(make_vit, images):
+    """What lies between modules (the token in front of the patches, positions added) belongs to the front where it is."""
+    model = make_vit(classes=3).eval()
+    cut = cut_of(model, "blocks.1")
+    x = images["vit"]
+    expected = model(x)
+    activations = cut.run(x)
+    assert torch.equal(activations, model.blocks[1](model.blocks[0](model._pos_embed(model.patch_embed(x)))))
+    assert cut.has("cls_token")
+    assert cut.has("pos_embed")
+    assert not cut.has("norm.weight")
+    with cut.fed(lambda branch, rows: activations):
+        assert torch.equal(model(torch.empty_like(x, device="meta")), expected)
+
+
+@pytest.mark.parametrize(("backbone", "total"), [("vgg11", 34.4), ("resnet9_basic", 9.4)])
+def test_the_sizes_that_ecofed_prints(backbone, total):
+    """76,032 parameters in front of the cut, an activation of 128 × 8 × 8 for an image of 32 px, millions of parameters in all."""
+    with torch.device("meta"):
+        model = Classifier(backbone, backbone_options={"fully_connected": True} if backbone == "vgg11" else None)
+        cut = cut_of(model, "backbone.blocks.1")
+        assert sum(parameter.numel() for parameter in cut.parameters) == 76_032
+        assert cut.run(torch.empty(5, 3, 32, 32)).shape == (5, 128, 8, 8)
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(total, abs=0.05)
+        assert model.logits(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_passes_take_views_in_order():
+    order = InOrder([3, 3])
+    assert [order.views("", 3), order.views("", 3), order.views("", 6), order.views("", 3)] == [(0,), (1,), (0, 1), (0,)]
+    with pytest.raises(ValueError, match=r"a pass of 4 samples is not made of whole views in order, which have \[3, 3\] samples"):
+        order.views("", 4)
+
+
+class LooksAtImages(Net):
+    def training_step(self, batch, index=0):
+        return super().training_step(batch) + (self(batch[0])[:, :1] - batch[0]).square().mean()
+
+
+def test_a_step_that_needs_the_images_is_refused():
+    model, activations = LooksAtImages(), torch.randn(2, 6)
+    message = r'cut="blocks.1": LooksAtImages.training_step needs images, labels or weights that stay on the device .*stem=\[...\]'
+    with (
+        pytest.raises(ValueError, match=message),
+        cut_of(model).fed(lambda branch, rows: activations),
+    ):
+        model.training_step((torch.empty(2, 4, device="meta"), torch.tensor([0, 1])))
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    cut = cut_of(Net())
+    with pytest.raises(ValueError, match=r"needs images, .*\(its loss has no value\)"):
+        cut.check(torch.zeros(()) + torch.empty(3, device="meta").sum())
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    forward = training_step = lambda self, x: self.third(self.second(self.first(x)))
+
+
+def test_a_front_that_is_not_all_of_it_is_refused():
+    """With a stem named too short, a weight in front of the cut would be the server's."""
+    x, activations = torch.empty(2, 4, device="meta"), torch.ones(2, 6)
+    model = Flat()
+    with pytest.raises(ValueError, match="needs images, labels or weights"), cut_of(model, "second", stem=[]).fed(lambda *_: activations):
+        model(x)
+    model = Flat()
+    with cut_of(model, "second").fed(lambda *_: activations):
+        assert torch.equal(model(x), model.third(activations))
+
+
+def test_cuts_that_cannot_be():
+    model = Net()
+    with pytest.raises(ValueError, match=r'block "blocks.9" not found; this Net has inside "blocks": 0, 1, 2, 3'):
+        cut_of(model, "blocks.9")
+    with pytest.raises(ValueError, match=r'cut="blocks.\*" names 4 blocks; name one of them'):
+        cut_of(model, "blocks.*")
+    model.again = nn.Linear(4, 6)
+    model.again.weight = model.blocks[0].weight
+    with pytest.raises(ValueError, match=r'"again.weight" is used before and behind cut="blocks.1"'):
+        cut_of(model)
+    model = Net()
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match=r'Net.forward\(images\) never gets to "blocks.1"'):
+        cut_of(model).run(torch.ones(2, 4))
+
+
+# -- the plugin -------------------------------------------------------------------------------------------------------
+def test_the_front_is_frozen_for_ever_and_a_detached_model_is_ordinary():
+    model = Net()
+    model.blocks[1] = nn.BatchNorm1d(6)
+    names = list(model.state_dict())
+    plugin = PartitionedTraining("blocks.1")
+    plugin.attach(model)
+    for period in (0, 1, 7):
+        model.train()
+        plugin.advance(Clock(period))
+        assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 4
+        assert [block.training for block in model.blocks] == [False, False, True, True]
+    assert [plugin.partition(Clock(period)).devices_work for period in range(4)] == [True, False, True, False]
+    plugin.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert list(model.state_dict()) == names
+    assert not model.blocks[1]._forward_hooks
+
+
+def test_a_device_has_a_head_of_its_own_where_its_loss_is_local():
+    model = Net()
+    plugin = PartitionedTraining("blocks.1", way="local_loss", classes=3)
+    with pytest.raises(ValueError, match=r"give classes=\.\.\., how many Net learns"):
+        PartitionedTraining("blocks.1", way="local_loss").attach(Net())
+    model.blocks[1] = nn.Linear(6, 6)
+    plugin.attach(model)
+    assert model.get_submodule("auxiliary_head").linear.weight.shape == (3, 6)
+    plugin.detach()
+    assert not hasattr(model, "auxiliary_head")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: LayerFreezing("blocks.*"), lambda: DepthDropout("blocks.*"), lambda: IntrinsicProjection(4), lambda: PrismSampling(0.5)],
+)
+def test_what_changes_the_model_or_what_travels_is_refused_beside_it(other):
+    chain = Chain([PartitionedTraining("blocks.1"), other()])
+    name = type(chain.plugins[1]).__name__
+    chain.plugins[0].attach(Net())
+    with pytest.raises(ValueError, match=f"PartitionedTraining divides the model between device and server; {name} changes"):
+        chain.partition(Clock(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"way": "other"}, "way='other' is not known; use 'replay', 'split' or 'local_loss'"),
+        ({"replay_period": 0}, "replay_period=0: give 1 or more"),
+        ({"way": "split", "draws": 2}, "way='split' keeps nothing on the server"),
+        ({"buffer_bytes": 0}, "buffer_bytes=0: give 1 or more"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PartitionedTraining("blocks.1", **arguments)
+
+
+# -- the front's weights ------------------------------------------------------------------------------------------------
+WRITE = {
+    "lightning.ckpt": lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),
+    "round-000001.ckpt": lambda state, path: torch.save({"server": state, "round": 1}, path),
+    "plain.pt": torch.save,
+    "weights.safetensors": save_file,
+}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_the_front_comes_from_a_file(name, tmp_path):
+    pretrained, model = Net(), Net()
+    rear = model.blocks[2].weight.clone()
+    WRITE[name]({**pretrained.state_dict(), "blocks.2.weight": torch.zeros(9)}, tmp_path / name)  # another rear: it is not looked at
+    PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(model)
+    assert torch.equal(model.blocks[0].weight, pretrained.blocks[0].weight)
+    assert torch.equal(model.blocks[2].weight, rear)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code",)
+
+
+def test_files_that_are_no_front(tmp_path, capsys):
+    torch.save({"state_dict": {"blocks.0.weight": torch.ones(6, 4)}}, tmp_path / "half.ckpt")
+    torch.save({"state_dict": {"blocks.0.weight": torch.ones(6, 9), "blocks.0.bias": torch.ones(6)}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    for name, message in (
+        ("half.ckpt", 'half.ckpt has no "blocks.0.bias"'),
+        ("other.ckpt", r'other.ckpt has "blocks.0.weight" of shape \(6, 9\), needed is \(6, 4\)'),
+        ("bad.ckpt", "bad.ckpt cannot be read"),
+        ("cut.safetensors", "cut.safetensors cannot be read"),
+        ("none.ckpt", "none.ckpt does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(Net())
+    assert "code" not in capsys.readouterr().out
