@@ -218,7 +218,7 @@ def test_every_configuration_we_ship_is_understood(path: Path) -> None:
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in parts.module().parameters()) > 1000
     assert parts.federation().rounds > 0
-    assert parts.probes()
+    assert parts.probes() or parts.federation().evaluate_clients  # somebody judges what comes of it
 
 
 # -- bad input: one line, exit code 2 ---------------------------------------------------------------------------------
