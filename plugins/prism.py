@@ -140,7 +140,7 @@ class PrismSampling(Plugin):
             with torch.no_grad():
                 for path in layers:
                     weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
-                    weight.copy_(factors.concentrate(weight, min(self._shares)))
+                    weight.copy_(factors.concentrate(weight, min(self._shares), name=path))
         if self._in_place:
             self._changed = sample_in_place(model, layers, next(iter(self._shares)))
             self._mark(sampled_layers(model))
@@ -149,9 +149,8 @@ class PrismSampling(Plugin):
 
     def advance(self, clock: Clock) -> Change:
         if self._in_place:
-            new = clock.step == 0
-            factors_of = sampled_layers(self._model).values()
-            return Change(renewed=tuple(p for layer in factors_of for p in (layer.u, layer.v)) if new else ())
+            new = [layer for layer in sampled_layers(self._model).values() if clock.step == 0 or int(layer.drawn_in) < 0]
+            return Change(renewed=tuple(p for layer in new for p in (layer.u, layer.v)))
         self._stale = self._stale or clock.step == 0
         return Change()
 
@@ -257,7 +256,7 @@ class PrismSampling(Plugin):
                 continue
             drawn = True
             weight = module.whole_weight().detach()
-            self._factors[path] = factors.factorise(weight)
+            self._factors[path] = factors.factorise(weight, path)
             self._odds[path] = factors.importance(self._factors[path].values, self.power)
             pick = self._pick(path, layer, self.keep_of(0), visit)
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows

@@ -458,3 +458,10 @@ def test_a_principal_start_leaves_nearly_all_energy_to_clients_and_happens_once(
     plugin.attach(model)
     plugin.detach()
     assert all(torch.equal(*pair) for pair in zip(trained, model.parameters(), strict=True))
+
+
+def test_a_server_weight_that_is_not_finite_is_named():
+    model = network()
+    model[3].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r'layer "3" is not finite.*: training diverged; lower the learning rate'):
+        on_server(model)
