@@ -44,7 +44,7 @@ class PluginCallback(pl.Callback):
     Raises:
         TypeError: a plugin that changes nothing but what travels in a federation.
         MisconfigurationException: (on fit) a strategy other than one device or DDP, a plugin that adds to the loss under manual
-            optimization, two callbacks with different seeds.
+            optimization, two callbacks with different seeds, Lightning's weight averaging beside a plugin that adds parameters.
         ValueError: (on fit) a parameter that should train is in no optimizer; a checkpoint of a run with other arguments.
     """
 
@@ -77,6 +77,8 @@ class PluginCallback(pl.Callback):
             chain.attach(pl_module)
             self._chain = chain
             self._undo.append(self._brought.follow(pl_module, own))
+            if stage == "fit":
+                parallel.refuse_averaging(trainer, set(dict(pl_module.named_parameters())) - own)
             if stage == "fit" and any(overrides(plugin, "extra_loss") for plugin in chain.plugins):
                 self._undo.append(_add_to_loss(pl_module, chain))
             if stage == "fit":

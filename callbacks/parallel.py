@@ -1,8 +1,9 @@
-"""Which strategies plugins run under, and what DDP must be told when a plugin freezes, thaws or leaves out."""
+"""Which strategies and callbacks plugins run beside, and what DDP must be told when a plugin freezes, thaws or leaves out."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -12,6 +13,9 @@ from featherlight.plugins.bypass import is_absent, is_bypassed
 from featherlight.plugins.present import held
 
 _IGNORE = "_ddp_params_and_buffers_to_ignore"  # torch's own name; DDP reads it from the module that it wraps
+_AVERAGING = tuple(  # versions of Lightning differ in which they have
+    getattr(lightning_callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(lightning_callbacks, name)
+)
 
 
 def refuse_untested(strategy: Strategy) -> None:
@@ -26,6 +30,20 @@ def refuse_untested(strategy: Strategy) -> None:
             f"featherlight's plugins do not run under {type(strategy).__name__}, which shards or moves what they freeze and leave out; "
             "use one device or strategy='ddp'"
         )
+
+
+def refuse_averaging(trainer: pl.Trainer, added: set[str]) -> None:
+    """Raise where Lightning averages weights parameter by parameter and plugins have ``added`` parameters that it does not know.
+
+    Raises:
+        MisconfigurationException: names the callback and says how weights can be averaged.
+    """
+    for callback in trainer.callbacks if added else ():  # type: ignore[attr-defined]
+        if isinstance(callback, _AVERAGING):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages a module parameter by parameter, and plugins add {len(added)} parameters while it "
+                f'trains ("{min(added)}", ...): leave it out, and average the state_dict of the epochs\' checkpoints, which are whole'
+            )
 
 
 def rewrap(strategy: Strategy, module: pl.LightningModule) -> None:

@@ -6,6 +6,7 @@ The checkpoint's ``state_dict`` keeps exactly the module's own keys, so that ``l
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,33 +17,49 @@ KEY = "featherlight"
 
 
 class Brought:
-    """The entries of ``state_dict`` that are there only while plugins are attached."""
+    """The entries of ``state_dict`` that are there only while plugins are attached.
+
+    Those of modules that plugins added are weights of their own: they wait for the next time that the same module is trained or evaluated.
+    Those that plugins added to the module's own layers say what those layers' weights are, and end when plugins are detached: from then
+    on the weights are the module's, whatever it loads.
+    """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
+        self._apart: set[str] = set()  # of them, those of added modules
         self._kept: dict[str, Tensor] = {}
+        self._kept_of: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_of": None, "_kept": {}}  # a copy in another process has another module
 
     def follow(self, module: nn.Module, own: set[str]) -> Callable[[], None]:
         """Look after all entries of ``module`` but its ``own``; returns what to call before they go."""
         self._names = set(module.state_dict()) - own
+        layers = {name.rpartition(".")[0] for name in own}
+        self._apart = {name for name in self._names if name.rpartition(".")[0] not in layers}
+        if self._kept_of is None or self._kept_of() is not module:
+            self._kept = {}
         self.put_back(module, self._kept)
 
         def fill_in(loading: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
             current = loading.state_dict()
-            for name in self._names:
+            for name in self._apart:
                 state.setdefault(prefix + name, current[name])
 
         handle = module.register_load_state_dict_pre_hook(fill_in)
 
         def undo() -> None:
             handle.remove()
-            self._kept = {name: value.detach().clone() for name, value in module.state_dict().items() if name in self._names}
+            self._kept = {name: value.detach().clone() for name, value in module.state_dict().items() if name in self._apart}
+            self._kept_of = weakref.ref(module)
 
         return undo
 
     def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move the entries out of ``state``; once detached, what they were when that happened."""
-        return {name: state.pop(name) if name in state else self._kept[name] for name in sorted(self._names)}
+        """Move the entries out of ``state``; once detached, those of added modules, as they were then."""
+        there = sorted(name for name in self._names if name in state or name in self._kept)
+        return {name: state.pop(name) if name in state else self._kept[name] for name in there}
 
     def put_back(self, module: nn.Module, entries: dict[str, Tensor]) -> None:
         """Copy ``entries`` into ``module``."""

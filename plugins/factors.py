@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Factors(NamedTuple):
@@ -26,11 +27,17 @@ class Factors(NamedTuple):
     values: Tensor
 
 
-def factorise(weight: Tensor) -> Factors:
+def factorise(weight: Tensor, name: str = "") -> Factors:
     """The factors of ``weight`` (O, …), in its own dtype.
 
     Worked out from the eigenvectors U of W·Wᵀ (of Wᵀ·W where that is smaller) in float64, 5 to 10 times as fast as an SVD of a wide matrix.
     Whatever precision small σ lose by squaring, ``u @ v`` is W·(an orthogonal projection on everything): W to rounding.
+
+    Args:
+        name: the layer's path, for the error.
+
+    Raises:
+        ValueError: the weight is not finite.
 
     Example:
         >>> weight = torch.arange(6.0).reshape(2, 3, 1, 1)
@@ -40,6 +47,9 @@ def factorise(weight: Tensor) -> Factors:
     matrix = weight.detach().flatten(1).double()
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T
+    has_values = matrix.device.type != "meta" and not isinstance(matrix, FakeTensor)  # in a prediction there are none
+    if has_values and not matrix.isfinite().all():
+        raise ValueError(f'the weight of layer "{name}" is not finite: training diverged; lower the learning rate')
     squares, vectors = torch.linalg.eigh(short @ short.T)
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
     values = squares.sqrt()
@@ -58,12 +68,12 @@ def product(factors: Factors) -> Tensor:
 
 def factorise_all(weights: Mapping[str, Tensor]) -> dict[str, Factors]:
     """:func:`factorise` of each."""
-    return {name: factorise(weight) for name, weight in weights.items()}
+    return {name: factorise(weight, name) for name, weight in weights.items()}
 
 
-def concentrate(weight: Tensor, share: float, rest: float = 0.1) -> Tensor:
+def concentrate(weight: Tensor, share: float, rest: float = 0.1, name: str = "") -> Tensor:
     """``weight`` (O, …) with its kernels beyond the first ⌈``share``·R⌉ scaled by ``rest``, as long as it was (Frobenius)."""
-    u, v, values = factorise(weight)
+    u, v, values = factorise(weight, name)
     scale = torch.full_like(values, rest)
     scale[: ceil(round(share * len(values), 9))] = 1.0
     made = (u * scale.to(u)) @ v

@@ -151,9 +151,8 @@ class PrismSampling(Plugin):
         if self.principal_start and clock == Clock(0, 0) and not self._small:
             self._concentrate()
         if self._in_place:
-            new = clock.step == 0
-            factors_of = sampled_layers(self._model).values()
-            return Change(renewed=tuple(p for layer in factors_of for p in (layer.u, layer.v)) if new else ())
+            new = [layer for layer in sampled_layers(self._model).values() if clock.step == 0 or int(layer.drawn_in) < 0]
+            return Change(renewed=tuple(p for layer in new for p in (layer.u, layer.v)))
         self._stale = self._stale or clock.step == 0
         return Change()
 
@@ -253,7 +252,7 @@ class PrismSampling(Plugin):
         with torch.no_grad():
             for path in self._all:
                 weight: Tensor = self._model.get_submodule(path).weight  # type: ignore[assignment]
-                weight.copy_(factors.concentrate(weight, min(self._shares)))
+                weight.copy_(factors.concentrate(weight, min(self._shares), name=path))
 
     def _mark(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
@@ -272,7 +271,7 @@ class PrismSampling(Plugin):
                 continue
             drawn = True
             weight = module.whole_weight().detach()
-            self._factors[path] = factors.factorise(weight)
+            self._factors[path] = factors.factorise(weight, path)
             pick = self._pick(path, layer, self.keep_of(0), visit)
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
             module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)

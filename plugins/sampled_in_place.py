@@ -64,6 +64,10 @@ class InPlace:
         before = state.pop(f"{prefix}weight_before", None)
         if before is not None:
             state[f"{prefix}weight"] = before
+        elif f"{prefix}weight" in state:  # an ordinary state: the whole weight, from which the factors have not moved
+            state[f"{prefix}u"], state[f"{prefix}v"] = self.u_before[self.rows], self.v_before
+        for name in ("u", "v", *BROUGHT):
+            state.setdefault(f"{prefix}{name}", getattr(self, name).detach())
         super()._load_from_state_dict(state, prefix, *arguments)  # type: ignore[misc]
 
 
@@ -150,6 +154,8 @@ def sample_in_place(model: nn.Module, layers: dict[str, Layer], keep: float) -> 
         module.leader, module.whole, module.compact = layer.leader, layer.outputs, layer.norm is not None
         module._trains = weight.requires_grad
         weight.requires_grad_(False)
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            module._keep_out = module.register_forward_pre_hook(_nothing)
         changed.append(module)
         if layer.norm is not None:
             norm: Any = model.get_submodule(layer.norm)
@@ -169,12 +175,18 @@ def make_whole(module: Any) -> None:
         for name in ("u", "v", *BROUGHT):
             delattr(module, name)
         del module.compact, module._trains  # type: ignore[attr-defined]
+        if hook := module.__dict__.pop("_keep_out", None):
+            hook.remove()
     else:
         del module.rows
     del module.leader, module.whole
     module.__dict__.pop("sampling", None)
     ordinary = next(base for base in type(module).__mro__ if base in (*LAYERS, *NORMS))
     module.__class__ = ordinary
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """A hook whose presence keeps torch's fast path of inference away, which reads W past the layer's forward."""
 
 
 def idle(module: Any) -> list[tuple[nn.Parameter, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -78,12 +79,8 @@ class SampledGroupNorm(SampledNorm, nn.GroupNorm):
 
     def normalise(self, x: Tensor) -> Tensor:
         group = self.rows.div(self.whole // self.num_groups, rounding_mode="floor")
-        out = _NormaliseGroups.apply(x, group, self.num_groups, self.eps)
-        if self.weight is None:
-            return out
-        weight, bias = self.weight_and_bias()
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(bias.view(shape), out, weight.view(shape))
+        weight, bias = (None, None) if self.weight is None else self.weight_and_bias()
+        return _NormaliseGroups.apply(x, group, self.num_groups, self.eps, weight, bias)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the channels that are there."""
@@ -107,28 +104,43 @@ class _Spread(torch.autograd.Function):
 
 
 class _NormaliseGroups(torch.autograd.Function):
-    """(x − mean) / deviation over each group's channels, which may be of different number; keeps one tensor of x's size for backward.
+    """(x − mean) / deviation · weight + bias over each group's channels, which may be of different number.
+
+    Worked out in float32 (float64 of such x), as torch's group norm is; keeps one tensor of x's size and dtype for backward.
 
     Args:
-        x: (N, n, …); group: (n,), which of ``groups`` each channel belongs to.
+        x: (N, n, …); group: (n,), which of ``groups`` each channel belongs to; weight, bias: (n,), or None.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         shape = [*x.shape[:2], *[1] * (x.ndim - 2)]
-        centred = x - _group_means(x.flatten(2).mean(2), group, groups).view(shape)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        centred = x.to(wide)
+        centred = centred - _group_means(centred.flatten(2).mean(2), group, groups).view(shape)
         scale = (_group_means(centred.square().flatten(2).mean(2), group, groups) + eps).rsqrt().view(shape)
-        out = centred.mul_(scale)
-        ctx.save_for_backward(out, scale, group)
-        ctx.groups = groups
-        return out
+        normed = centred.mul_(scale)
+        ctx.save_for_backward(normed.to(x.dtype), scale, group, weight)
+        ctx.groups, ctx.of_bias = groups, None if bias is None else bias.dtype
+        out_dtype = wide if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as torch has it
+        if weight is None or bias is None:
+            return normed.to(out_dtype, copy=True)
+        one = (1, -1, *shape[2:])
+        return torch.addcmul(bias.to(wide).view(one), normed, weight.to(wide).view(one)).to(out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,), (out, scale, group) = grads, ctx.saved_tensors
-        along = _group_means((grad * out).flatten(2).mean(2), group, ctx.groups).view(scale.shape)
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normed, scale, group, weight = ctx.saved_tensors
+        dtype, grad, normed = normed.dtype, grads[0].to(scale.dtype), normed.to(scale.dtype)
+        of_weight = of_bias = None
+        if weight is not None:
+            places = [0, *range(2, grad.ndim)]
+            of_weight, of_bias = (grad * normed).sum(places).to(weight.dtype), grad.sum(places).to(ctx.of_bias)
+            grad = grad * weight.to(grad.dtype).view(1, -1, *scale.shape[2:])
+        along = _group_means((grad * normed).flatten(2).mean(2), group, ctx.groups).view(scale.shape)
         mean = _group_means(grad.flatten(2).mean(2), group, ctx.groups).view(scale.shape)
-        return scale * (grad - mean - out * along), None, None, None
+        return (scale * (grad - mean - normed * along)).to(dtype), None, None, None, of_weight, of_bias
 
 
 def _group_means(figure: Tensor, group: Tensor, groups: int) -> Tensor:

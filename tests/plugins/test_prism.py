@@ -512,3 +512,10 @@ def test_an_update_of_another_shape_is_named(change, says):
     change(message)
     with pytest.raises(ValueError, match=says):
         plugin.decode(message, Visit(0, 0, 0))
+
+
+def test_a_server_weight_that_is_not_finite_is_named():
+    model = network()
+    model[3].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r'layer "3" is not finite.*: training diverged; lower the learning rate'):
+        on_server(model)

@@ -236,6 +236,36 @@ def test_group_norm_of_all_rows_is_torch_s(groups):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1, 20), (400, 0)])
+def test_group_norm_in_low_precision_is_as_exact_as_torch_s(scale, offset, dtype, autocast):
+    random = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 8, 16, 16, generator=random) * scale + offset).to(dtype)
+    theirs = nn.GroupNorm(2, 8)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.linspace(0.5, 2, 8))
+        theirs.bias.copy_(torch.linspace(-1, 1, 8))
+    exact = theirs(x.float())
+    if not autocast:
+        theirs = theirs.to(dtype)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = SampledGroupNorm
+    ours.whole, ours.rows = 8, torch.arange(8)
+    along = torch.randn(4, 8, 16, 16, generator=random)
+    found = []
+    for norm in (ours, theirs):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            out = norm(given)
+        found.append((out, *torch.autograd.grad((out.float() * along).sum(), (given, norm.weight, norm.bias))))
+    assert [value.dtype for value in found[0]] == [value.dtype for value in found[1]]
+    errors = [(out.float() - exact).abs().max() for out, *_ in found]
+    assert errors[0] <= 1.1 * errors[1] + 1e-6
+    for one, other in zip(*found):
+        torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-2 * float(other.detach().abs().max()))
+
+
 # -- which norm -------------------------------------------------------------------------------------------------------
 class TwoOfOneWidth(nn.Module):
     """Registers its norms in one order and calls them in another: both convolutions have 6 outputs, and one keeps fewer rows."""
