@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from featherlight.plugins import factors
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.bypass import Bypass
 from featherlight.plugins.factors import Factors
+from featherlight.plugins.picks import Pick, draw_rows, place
 from featherlight.plugins.present import held
 from featherlight.plugins.principal import Layer, find_layers, shrink
 from featherlight.plugins.sampled_in_place import idle, make_whole, sample_in_place
@@ -23,13 +24,6 @@ from featherlight.plugins.targets import find_targets, follow
 
 GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio's fraction fill [0, 1) evenly however many there are: so are keep ratios dealt out to clients."""
-
-
-class Pick(NamedTuple):
-    """What one client holds of one layer: ``kernels`` (r,) of R, ``rows`` (n,) of O; ascending indices, int64; None: all rows."""
-
-    kernels: Tensor
-    rows: Tensor | None
 
 
 class PrismSampling(Plugin):
@@ -207,7 +201,7 @@ class PrismSampling(Plugin):
     def decode_down(self, message: Message, visit: Visit) -> Message:
         for layer in self._small.values():
             if layer.rows is not None:
-                layer.rows.copy_(_draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
+                layer.rows.copy_(draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
         return message
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
@@ -216,11 +210,11 @@ class PrismSampling(Plugin):
             layer, u, v = self._layers[path], f"{path}.u", f"{path}.v"
             if u in message or v in message:
                 self._check(path, pick, message)
-                entries[u] = _place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
-                entries[v] = _place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
+                entries[u] = place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
+                entries[v] = place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
             if pick.rows is not None:
                 for name in self._per_row(layer, path, message):
-                    entries[name] = _place(message[name], (layer.outputs,), pick.rows)
+                    entries[name] = place(message[name], (layer.outputs,), pick.rows)
         return entries
 
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
@@ -306,7 +300,7 @@ class PrismSampling(Plugin):
             kernels = torch.arange(size)
         else:
             kernels = factors.draw(odds.cpu(), size, generator(visit.seed, visit.round, visit.client, "kernels", path))
-        rows = _draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
+        rows = draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
         device = odds.device
         return Pick(kernels.to(device), None if rows is None else rows.to(device))
 
@@ -322,18 +316,3 @@ class PrismSampling(Plugin):
         """Entries that have one figure for each of the layer's rows."""
         norm = [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")] if layer.norm else []
         return [name for name in (f"{path}.bias", *norm) if name in message]
-
-
-def _draw_rows(visit: Visit, path: str, outputs: int, size: int) -> Tensor:
-    """Server and client draw the same, so that rows need not be sent."""
-    return torch.randperm(outputs, generator=generator(visit.seed, visit.round, visit.client, "rows", path))[:size].sort().values
-
-
-def _place(part: Tensor, shape: tuple[int, ...], *indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``part`` in zeros of ``shape``, where ``indices`` (one for each leading axis; None: all of it) say; and where that is, as weights."""
-    whole, weight = part.new_zeros(shape), part.new_zeros(shape)
-    places = [torch.arange(size, device=part.device) if index is None else index for index, size in zip(indices, shape)]
-    grid = torch.meshgrid(*places, indexing="ij")
-    whole[grid] = part
-    weight[grid] = 1.0
-    return whole, weight
