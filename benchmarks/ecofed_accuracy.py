@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from featherlight.fed_loop import Federation
 from featherlight.plugins import PartitionedTraining, Plugin
-from featherlight.ssl_models import Classifier, ImageData, SimCLR
+from featherlight.ssl_models import Classifier, ImageData, SimCLR, accuracy
 from featherlight.ssl_models.partitions import IID, Shards
 
 CUT = "backbone.blocks.1"
@@ -77,18 +76,6 @@ def front(arguments: argparse.Namespace, pre: Path, seed: int) -> Path:
         Federation(arguments.pretrain_epochs, seed=seed, accelerator=arguments.accelerator, checkpoint_every=0).run(model, data)
         torch.save(model.state_dict(), path)
     return path
-
-
-def accuracy(module: Any, data: Any) -> dict[str, float]:
-    """Share of test images whose class the classifier names."""
-    device = next(module.parameters()).device
-    right = total = 0
-    with torch.no_grad():
-        for x, labels in data.probe_data()[1]:
-            out: Tensor = module.logits(x.to(device))
-            right += int((out.argmax(1).cpu() == labels.cpu()).sum())
-            total += len(labels)
-    return {"accuracy": right / total}
 
 
 def run(arguments: argparse.Namespace, way: str, shards: int | None, seed: int) -> dict[str, Any]:

@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from featherlight.fed_loop import Federation
 from featherlight.plugins import FetchSGD, IntrinsicProjection, Plugin, Quantization, TopK
-from featherlight.ssl_models import KNN, Classifier, ImageData, LinearProbe, SimCLR
+from featherlight.ssl_models import KNN, Classifier, ImageData, LinearProbe, SimCLR, accuracy
 from featherlight.ssl_models.partitions import IID, Dirichlet
 
 
@@ -115,18 +114,6 @@ RATES: dict[str, list[tuple[float, float]]] = {
 K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the plugin's
 default, d/D, moves a hundred times less than 1 does.
 """
-
-
-def accuracy(module: Any, data: Any) -> dict[str, float]:
-    """Share of test images whose class the classifier names."""
-    device = next(module.parameters()).device
-    right = total = 0
-    with torch.no_grad():
-        for x, labels in data.probe_data()[1]:
-            out: Tensor = module.logits(x.to(device))
-            right += int((out.argmax(1).cpu() == labels.cpu()).sum())
-            total += len(labels)
-    return {"accuracy": right / total}
 
 
 def run(arguments: argparse.Namespace, way: str, budget: float, rate: tuple[float, float], seed: int) -> dict[str, Any]:

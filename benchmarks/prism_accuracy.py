@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Message, Plugin, PrismSampling, Visit
-from featherlight.ssl_models import KNN, Classifier, ImageData, LinearProbe, SimCLR
+from featherlight.ssl_models import KNN, Classifier, ImageData, LinearProbe, SimCLR, accuracy
 from featherlight.ssl_models.partitions import IID, Dirichlet
 
 WAYS = ("full model", "PriSM 0.2", "PriSM 0.2, rows", "PriSM 0.2, random start", "width slicing")
@@ -74,18 +74,6 @@ class WidthSlicing(Plugin):
 
     def __deepcopy__(self, memo: Any) -> WidthSlicing:
         return WidthSlicing(self.make)
-
-
-def accuracy(module: Any, data: Any) -> dict[str, float]:
-    """Share of test images whose class the classifier names."""
-    device = next(module.parameters()).device
-    right = total = 0
-    with torch.no_grad():
-        for x, labels in data.probe_data()[1]:
-            out: Tensor = module.logits(x.to(device))
-            right += int((out.argmax(1).cpu() == labels.cpu()).sum())
-            total += len(labels)
-    return {"accuracy": right / total}
 
 
 def run(arguments: argparse.Namespace, way: str, alpha: float | None, seed: int) -> dict[str, Any]:

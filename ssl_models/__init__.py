@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from featherlight.ssl_models.backbones import make_backbone as make_backbone
     from featherlight.ssl_models.byol import BYOL as BYOL
     from featherlight.ssl_models.classifier import Classifier as Classifier
+    from featherlight.ssl_models.classifier import accuracy as accuracy
     from featherlight.ssl_models.data import ImageData as ImageData
     from featherlight.ssl_models.language_model import LanguageModel as LanguageModel
     from featherlight.ssl_models.moco_v3 import MoCoV3 as MoCoV3
@@ -40,6 +41,7 @@ _HOME = {
     "Shards": "partitions",
     "SimCLR": "simclr",
     "TextData": "text",
+    "accuracy": "classifier",
     "make_backbone": "backbones",
 }
 

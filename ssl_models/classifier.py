@@ -61,3 +61,19 @@ class Classifier(Learner):
         }
         self._log(part, scores, len(x))
         return scores
+
+
+def accuracy(module: Any, data: Any) -> dict[str, float]:
+    """An evaluator of classifiers: ``{"accuracy": the share of test images whose class is named}``.
+
+    Args:
+        module: has ``logits``, ``(N, C, H, W)`` to ``(N, num_classes)``; in evaluation mode.
+        data: its ``probe_data()[1]`` gives ``(x, labels)``.
+    """
+    device = next(module.parameters()).device
+    right = total = 0
+    with torch.no_grad():
+        for x, labels in data.probe_data()[1]:
+            right += int((module.logits(x.to(device)).argmax(1).cpu() == labels.cpu()).sum())
+            total += len(labels)
+    return {"accuracy": right / total}

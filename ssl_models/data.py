@@ -16,10 +16,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from featherlight.plugins.base import Visit
 from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
+from featherlight.ssl_models.client_streams import ClientStreams
 from featherlight.ssl_models.partitions import IID, Natural, Partition
 from featherlight.ssl_models.pictures import Files, first_size, moments
 from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, read
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
 
 
-class ImageData(LightningDataModule):
+class ImageData(ClientStreams, LightningDataModule):
     """A data set of images, whole (under a Trainer) and divided over clients (in a federation).
 
     Training batches are ``((x0, x1), labels)`` with two views, ``(x, labels)`` with one; evaluation batches are ``(x, labels)``. Images are
@@ -128,14 +128,6 @@ class ImageData(LightningDataModule):
             size = self.image_size or height, self.image_size or width
         return channels, *size
 
-    @property
-    def num_clients(self) -> int:
-        return len(self._clients)
-
-    def client_sizes(self) -> list[int]:
-        """Images of each client's training part."""
-        return [len(part) for part in self._clients]
-
     def client_label_counts(self) -> Tensor:
         """Images of each client's training part by label, int64 (num_clients, num_classes)."""
         owner = torch.arange(self.num_clients).repeat_interleave(torch.tensor(self.client_sizes()))
@@ -152,29 +144,10 @@ class ImageData(LightningDataModule):
         return {name: repr(getattr(self, name)) for name in names} | divided
 
     # -- for a federation -----------------------------------------------------------------------------------------
-    def steps_per_visit(self, client: int, epochs: int) -> int:
-        """Batches that one visit to ``client`` takes."""
-        return epochs * self.plan.steps(len(self._clients[client]))
-
-    def batch_sizes(self, client: int, epochs: int) -> list[int]:
-        """Images of each batch of one visit to ``client``."""
-        size = len(self._clients[client])
-        return [min(self.plan.batch_size, size - first * self.plan.batch_size) for first in range(self.plan.steps(size))] * epochs
-
     def example_batch(self, size: int) -> Any:
         """A training batch of noise, shaped as ``training_step`` takes it: for counting costs."""
         views = [torch.rand(size, *self.image_shape) for _ in range(self.views)]
         return (tuple(views) if self.views == 2 else views[0]), torch.zeros(size, dtype=torch.long)
-
-    def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
-        """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
-
-        Give every batch to :meth:`on_after_batch_transfer` on its device. A new call ends an earlier stream.
-        """
-        sampler: Any = self._client_loader.sampler
-        sampler.visits, sampler.epochs = visits, epochs
-        turns = (turn for turn, visit in enumerate(visits) for _ in range(self.steps_per_visit(visit.client, epochs)))
-        yield from zip(turns, self._client_loader, strict=True)
 
     def client_val_batches(self, client: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The client's images kept from training, normalised, with labels; none where client_val_fraction is 0."""

@@ -18,16 +18,16 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from featherlight.plugins.base import Visit
 from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, Plan, VisitSampler, as_is
+from featherlight.ssl_models.client_streams import ClientStreams
 from featherlight.ssl_models.partitions import IID, Natural, Partition
 
 EVALUATION_BATCH = 64
 NOT_READ = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 
 
-class TextData(LightningDataModule):
+class TextData(ClientStreams, LightningDataModule):
     """Sequences of bytes, whole (under a Trainer) and divided over clients (in a federation).
 
     A batch is ``(tokens, following)``, int64 (N, context) each, ``following`` one byte later.
@@ -87,14 +87,6 @@ class TextData(LightningDataModule):
         """Names of what the text was read from."""
         return [name for name, _ in self._texts]
 
-    @property
-    def num_clients(self) -> int:
-        return len(self._clients)
-
-    def client_sizes(self) -> list[int]:
-        """Sequences of each client's training part."""
-        return [len(part) for part in self._clients]
-
     def describe(self) -> dict[str, str]:
         """What decides which batches are drawn: a run goes on only with the same."""
         names = ["dataset", "pattern", "context", "client_val_fraction", "test_fraction", "limit_train", "seed", "plan"]
@@ -102,28 +94,9 @@ class TextData(LightningDataModule):
         return {name: repr(getattr(self, name)) for name in names} | divided
 
     # -- for a federation -----------------------------------------------------------------------------------------
-    def steps_per_visit(self, client: int, epochs: int) -> int:
-        """Batches that one visit to ``client`` takes."""
-        return epochs * self.plan.steps(len(self._clients[client]))
-
-    def batch_sizes(self, client: int, epochs: int) -> list[int]:
-        """Sequences of each batch of one visit to ``client``."""
-        size = len(self._clients[client])
-        return [min(self.batch_size, size - first * self.batch_size) for first in range(self.plan.steps(size))] * epochs
-
     def example_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """A batch of zeros, shaped as ``training_step`` takes it: for counting costs."""
         return torch.zeros(size, self.context, dtype=torch.long), torch.zeros(size, self.context, dtype=torch.long)
-
-    def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
-        """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
-
-        Give every batch to :meth:`on_after_batch_transfer` on its device. A new call ends an earlier stream.
-        """
-        sampler: Any = self._client_loader.sampler
-        sampler.visits, sampler.epochs = visits, epochs
-        turns = (turn for turn, visit in enumerate(visits) for _ in range(self.steps_per_visit(visit.client, epochs)))
-        yield from zip(turns, self._client_loader, strict=True)
 
     def client_val_batches(self, client: int) -> Iterator[Any]:
         """The client's sequences kept from training; none where client_val_fraction is 0."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from featherlight.ssl_models import BYOL, Classifier, MoCoV3, SimCLR
+from featherlight.ssl_models import BYOL, Classifier, MoCoV3, SimCLR, accuracy
 from featherlight.ssl_models.backbones import fixed_size
 from featherlight.ssl_models.learner import Learner
 from featherlight.ssl_models.ssl import SelfSupervised
@@ -353,3 +353,21 @@ def test_examples_in_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"featherlight.ssl_models.{name}"))
     assert result.attempted >= 2
     assert result.failed == 0
+
+
+def test_accuracy_is_the_share_of_test_images_that_are_named():
+    """Of a batch of three, two are right, and the one of the next batch: 3 of 4, not the mean of batches."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sharpness = nn.Parameter(torch.ones(()))
+
+        def logits(self, x):
+            return self.sharpness * nn.functional.one_hot(x, 3)
+
+    class Tested:
+        def probe_data(self):
+            return [], [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2]), torch.tensor([2]))]
+
+    assert accuracy(Named(), Tested()) == {"accuracy": 0.75}

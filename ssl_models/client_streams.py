@@ -1,0 +1,53 @@
+"""What any data set that is shared out gives a federation about its clients: sizes, steps, and one stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from featherlight.plugins.base import Visit
+from featherlight.ssl_models.batches import Batch, BatchLoader, Plan
+
+
+class ClientStreams:
+    """Mixed into a data module that has a ``plan``, ``_clients`` (each one's samples) and ``_client_loader`` over them."""
+
+    plan: Plan
+
+    @property
+    def _clients(self) -> list[Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must say which samples are each client's")
+
+    @property
+    def _client_loader(self) -> BatchLoader:
+        raise NotImplementedError(f"{type(self).__name__} must give a loader over its clients' samples")
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that the data are shared out to."""
+        return len(self._clients)
+
+    def client_sizes(self) -> list[int]:
+        """Samples of each client's training part."""
+        return [len(part) for part in self._clients]
+
+    def steps_per_visit(self, client: int, epochs: int) -> int:
+        """Batches that one visit to ``client`` takes."""
+        return epochs * self.plan.steps(len(self._clients[client]))
+
+    def batch_sizes(self, client: int, epochs: int) -> list[int]:
+        """Samples of each batch of one visit to ``client``."""
+        size = len(self._clients[client])
+        return [min(self.plan.batch_size, size - first * self.plan.batch_size) for first in range(self.plan.steps(size))] * epochs
+
+    def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
+        """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
+
+        Give every batch to :meth:`on_after_batch_transfer` on its device. A new call ends an earlier stream.
+        """
+        sampler: Any = self._client_loader.sampler
+        sampler.visits, sampler.epochs = visits, epochs
+        turns = (turn for turn, visit in enumerate(visits) for _ in range(self.steps_per_visit(visit.client, epochs)))
+        yield from zip(turns, self._client_loader, strict=True)
