@@ -25,9 +25,12 @@ def cost_table(cost: CostTable, title: str, names: Iterable[str] = HEADINGS) -> 
 
 
 def server_table(cost: CostTable, names: Iterable[str] = HEADINGS) -> Table:
-    """What the server computed in clients' places: it neither receives nor sends, and its peak is not known."""
-    left_out = ("peak_bytes", "bytes_down", "bytes_up")
-    return cost_table(cost, "what the server computed in the place of one client", [name for name in names if name not in left_out])
+    """What the server computed, in clients' places or on data of its own: it neither receives nor sends, and in clients' places its peak
+    is not known."""
+    own = cost.total()["peak_bytes"] > 0
+    left_out = ("bytes_down", "bytes_up") if own else ("peak_bytes", "bytes_down", "bytes_up")
+    title = "what the server computed on data of its own, in one round" if own else "what the server computed in the place of one client"
+    return cost_table(cost, title, [name for name in names if name not in left_out])
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:

@@ -21,6 +21,26 @@ def sample(num_clients: int, size: int | None, seed: int, round: int) -> list[in
     return sorted(Random(derive(seed, round, "cohort")).sample(range(num_clients), size))
 
 
+def dropouts(cohort: Sequence[int], share: float, seed: int, round: int) -> dict[int, float]:
+    """The clients of a round's ``cohort`` that drop out, and how far in its turn, from 0 to 1, each of them gets:
+    ``round(share · clients)`` of them (halves round up), but never all.
+
+    Example:
+        >>> len(dropouts(range(10), 0.25, seed=0, round=0)), len(dropouts([4], 0.9, seed=0, round=0))
+        (3, 0)
+    """
+    if not share:
+        return {}
+    count = min(int(share * len(cohort) + 0.5), len(cohort) - 1)
+    random = Random(derive(seed, round, "dropout"))
+    return {client: random.random() for client in sorted(random.sample(list(cohort), count))}
+
+
+def steps_done(progress: float, steps: int) -> int:
+    """Steps that a client takes before it drops out: 1 to all of them, each number equally likely."""
+    return 1 + int(progress * steps)
+
+
 def balance(clients: Sequence[int], sizes: Sequence[int], processes: int) -> list[list[int]]:
     """Spread clients over processes: largest first, each to the process with least to do so far.
 

@@ -35,6 +35,16 @@ class FederatedData(Protocol):
         """Batch on the device → batch for ``training_step``."""
 
 
+class ServerData(FederatedData, Protocol):
+    """What the loop needs besides, where the server trains on data of its own."""
+
+    def server_batch_sizes(self, epochs: int) -> Sequence[int]:
+        """Samples of each batch; none where the server has no data."""
+
+    def server_batches(self, visit: Visit, epochs: int) -> Any:
+        """The batches of a round's visit, whose client is :data:`featherlight.plugins.SERVER`."""
+
+
 class Federation:
     """Trains one LightningModule over many clients.
 
@@ -42,6 +52,9 @@ class Federation:
         rounds: how many rounds to run.
         cohort: clients drawn for each round; all of them if left out.
         local_epochs: passes over its own data that a client makes in a round.
+        dropout: share of each round's clients that drop out: they receive the model and take some of their steps, which count as their
+            cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. Who drops out,
+            and when, is drawn from the seed.
         server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
@@ -65,6 +78,7 @@ class Federation:
         rounds: int,
         cohort: int | None = None,
         local_epochs: int = 1,
+        dropout: float = 0.0,
         server: Average | None = None,
         seed: int = 0,
         resend: bool = False,
@@ -89,6 +103,8 @@ class Federation:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: give {least} or more")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: give the share of clients that drop out, at least 0 and below 1")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip}: give a largest norm above 0, or leave it out")
         if cohort is not None and cohort > MOST_CLIENTS:
@@ -96,6 +112,7 @@ class Federation:
         self.rounds = rounds
         self.cohort = cohort
         self.local_epochs = local_epochs
+        self.dropout = dropout
         self.server = Average() if server is None else server
         self.seed = seed
         self.resend = resend

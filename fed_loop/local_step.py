@@ -10,7 +10,7 @@ from lightning.fabric.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from featherlight.plugins import Chain, Clock
+from featherlight.plugins import SERVER, Chain, Clock
 from featherlight.plugins.step_cost import StepCost, StepMeter
 
 
@@ -31,8 +31,9 @@ def refusal_told(module: nn.Module, client: int, samples: int) -> Iterator[None]
     except ValueError as error:
         if samples != 1:
             raise
+        whose = "the server" if client == SERVER else f"client {client}"
         raise ValueError(
-            f"client {client} has a batch of a single sample, which {type(module).__name__} cannot train on ({error}): "
+            f"{whose} has a batch of a single sample, which {type(module).__name__} cannot train on ({error}): "
             "leave such batches out (drop_last=True), or choose another batch_size"
         ) from error
 

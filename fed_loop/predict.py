@@ -16,7 +16,7 @@ from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import dropouts, sample, steps_done
 from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
@@ -24,6 +24,7 @@ from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.predict_divided import DividedPrediction
 from featherlight.fed_loop.round_kinds import check_partition
+from featherlight.fed_loop.server_training import ServerTraining
 from featherlight.fed_loop.trainees import Served, Trainee, Trainees
 from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
@@ -121,6 +122,8 @@ class _Prediction:
         step = partial(LocalStep, precision=_precision(settings), clip=limit)
         self.own = Trainee(module, chain, targets, step, _as_it_is)
         self.trainees = Trainees(self.own, blank, step, _as_it_is)
+        self.on_server = ServerTraining(self.own, step(Chain()), data, settings.seed)
+        self.on_server.check()
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
@@ -134,6 +137,7 @@ class _Prediction:
         settings = self.settings
         for round in range(settings.rounds):
             self.own.begin(Clock(round, 0))
+            self.on_server.begin(Clock(round, 0))
             if (partition := self.chain.partition(Clock(round, 0))) is not None:
                 self.divided.round(partition, round)
                 progress(round + 1)
@@ -141,16 +145,21 @@ class _Prediction:
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
             self.traffic = Traffic()
-            for client in sample(self.data.num_clients, settings.cohort, settings.seed, round):
+            cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
+            gone = dropouts(cohort, settings.dropout, settings.seed, round)
+            for client in cohort:
                 visit = Visit(round, client, settings.seed)
                 trainee = self.trainees.of(visit)
                 plan = trainee.plan(visit)
                 served = self._serve(trainee, plan, visit)
                 kept[client] = self.ledger.after(client, served.lasting, plan.sent, self.own.live.keys())
-                self._turn(trainee, plan, visit, served)
-                changed |= plan.sent.keys()
+                self._turn(trainee, plan, visit, served, gone.get(client))
+                changed |= plan.sent.keys() if client not in gone else set()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
+            if self.on_server.plan is not None:
+                self.table.add_server(self.chain.stage(round), round, self.on_server.predict(round))
+                changed |= self.on_server.plan.sent.keys()
             self.ledger.changed(changed, round)
             progress(round + 1)
         return self.table
@@ -165,20 +174,27 @@ class _Prediction:
                 self._served[key] = known
         return known
 
-    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served) -> None:
+    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, gone: float | None) -> None:
+        """Price a client's turn, of which it has done the part ``gone`` where it drops out."""
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
+        if gone is not None:
+            sizes = sizes[: steps_done(gone, len(sizes))]
         clear([trainee.raw_optimizer])
         trainee.module.zero_grad()
+        model, first_is_taken = (trainee.module, trainee.raw_optimizer), False
         for step, samples in enumerate(sizes[:2]):
-            if self.meters.wants(plan.structure, step, samples):
-                batch = self.data.example_batch(samples)
-                with warnings.catch_warnings(), refusal_told(trainee.module, visit.client, samples):
-                    warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
-                    _, of_step = trainee.step.metered(trainee.module, trainee.raw_optimizer, batch, Clock(visit.round, step))
-                self.meters.note(of_step)
+            if not self.meters.wants(plan.structure, step, samples):
+                continue
+            with warnings.catch_warnings(), refusal_told(trainee.module, visit.client, samples):
+                warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
+                if step and not first_is_taken:  # the second step finds what the first leaves
+                    trainee.step(*model, self.data.example_batch(sizes[0]), Clock(visit.round, 0))
+                _, of_step = trainee.step.metered(*model, self.data.example_batch(samples), Clock(visit.round, step))
+            first_is_taken = True
+            self.meters.note(of_step)
         names = self.ledger.to_send(visit.client, served.wanted, served.made)
         down = self._length({name: served.entries[name] for name in names})
-        up = self._length_up(trainee, plan, visit)
+        up = self._length_up(trainee, plan, visit) if gone is None else _Length(0, 0)
         whole = sum(value.numel() * value.element_size() for value in plan.received.values())
         self.traffic = Traffic(*(total + part for total, part in zip(self.traffic, (whole, down.content, up.content))))
         cost = self.meters.turn_cost(plan, sum(sizes), down.packed, up.packed)

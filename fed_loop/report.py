@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from featherlight.fed_loop.result import Result
 from featherlight.fed_loop.turn import Turn
 from featherlight.fed_loop.whole_files import write_text
+from featherlight.plugins import SERVER
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -69,7 +70,8 @@ class Report:
             return
         for turn in turns:
             if turn.rejected:
-                self.say(f"[yellow]round {row['round']}: update of client {turn.client} rejected: {turn.rejected}")
+                whose = "the server's own training" if turn.client == SERVER else f"update of client {turn.client}"
+                self.say(f"[yellow]round {row['round']}: {whose} rejected: {turn.rejected}")
         if self._progress is not None:
             self._progress.update(self._task, completed=row["round"] + 1, note=_note(row))
         if self._folder is not None:

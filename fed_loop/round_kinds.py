@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from featherlight.fed_loop.aggregate import Mean
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import dropouts, sample, steps_done
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.lockstep_rounds import LockstepRounds
 from featherlight.fed_loop.processes import Processes
@@ -82,8 +82,10 @@ def check_partition(settings: Federation, partition: Partition | None) -> None:
     """Refuse settings that a divided model cannot have.
 
     Raises:
-        ValueError: gradients are to be clipped whose norm nobody has.
+        ValueError: clients are to drop out, or gradients to be clipped whose norm nobody has.
     """
+    if partition is not None and settings.dropout:
+        raise ValueError(f"dropout={settings.dropout}: where device and server divide the model, nobody drops out: leave it out")
     if partition is not None and partition.buffer is None and settings.clip is not None:
         raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
 
@@ -101,9 +103,19 @@ class _Whole:
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
     ) -> Iterator[tuple[Turn, Message, Message]]:
         self._clients.begin_round()
-        for index, stream in groupby(self._data.client_batches(visits, self._settings.local_epochs), key=itemgetter(0)):
+        epochs = self._settings.local_epochs
+        for index, stream in groupby(self._data.client_batches(visits, epochs), key=itemgetter(0)):
             visit = visits[index]
-            yield self._clients.train(visit, (batch for _, batch in stream), server, ledger, memories.get(visit.client, {}))
+            batches: Iterable[Any] = (batch for _, batch in stream)
+            gone = self._gone(visit)
+            if gone is not None:  # groupby reads on to the next client
+                batches = islice(batches, steps_done(gone, self._data.steps_per_visit(visit.client, epochs)))
+            yield self._clients.train(visit, batches, server, ledger, memories.get(visit.client, {}), arrives=gone is None)
+
+    def _gone(self, visit: Visit) -> float | None:
+        """How far a client gets that drops out."""
+        share = self._settings.dropout
+        return dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         """Every client has trained alone."""

@@ -26,8 +26,9 @@ from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
+from featherlight.fed_loop.server_training import ServerTraining
 from featherlight.fed_loop.trainees import Trainee, Trainees
-from featherlight.fed_loop.turn import Turn
+from featherlight.fed_loop.turn import LocalTraining, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
 
@@ -67,6 +68,7 @@ class Run:
         self.own = Trainee(module, self.chain, self.targets, step, setup)
         self.trainees = Trainees(self.own, self.blank, step, setup)
         self.kinds = RoundKinds(settings, self.processes, self.trainees, data)
+        self.on_server = ServerTraining(self.own, step(Chain()), data, settings.seed)
         self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
@@ -87,6 +89,7 @@ class Run:
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
         self.kinds.check()
+        self.on_server.check()
         if settings.evaluate_clients:
             self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
@@ -134,7 +137,7 @@ class Run:
         kept: Message = {}
         for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
             self._admit(turn, update, self.sizes[turn.client] / total, mean)
-            if not turn.rejected:  # what the server did not take counts as never done
+            if not (turn.rejected or turn.dropped_out):  # what the server did not take counts as never done
                 kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
             turns.append(turn)
             self.report.client_is_done(len(turns), len(visits))
@@ -147,13 +150,14 @@ class Run:
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round)
         self._remember(kept)
-        self._update(mean, clock)
-        self._record(round, everybody, time.perf_counter() - started)
+        own_turn = self._update(mean, clock)
+        self._record(round, everybody, own_turn, time.perf_counter() - started)
 
     def _advance(self, clock: Clock) -> None:
         """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""
         self._load_server()
         self.own.begin(clock)
+        self.on_server.begin(clock)
         if self.processes.size > 1:
             self.processes.from_first(self.chain.agree())
         self._adopt(clock.period - 1)
@@ -182,8 +186,8 @@ class Run:
             new.setdefault(int(client), {})[own] = value
         self.memories |= new
 
-    def _update(self, mean: Mean, clock: Clock) -> None:
-        """The server's step: mean → lift → server optimizer → settle."""
+    def _update(self, mean: Mean, clock: Clock) -> Turn | None:
+        """The server's step: mean → lift → server optimizer → its own training → settle; returns what is told of its own training."""
         result: Mapping[str, Any] = mean.result()
         if self.chain.by_differences:
             self._load_server()  # the model holds the last client's weights
@@ -202,8 +206,28 @@ class Run:
             old.copy_(new if old.is_floating_point() else new.round())
         self.ledger.changed(total, clock.period)
         self._load_server()
+        own_turn = self._train_on_server(clock)
         self.chain.settle(self.module, clock)
         self._adopt(clock.period)
+        return own_turn
+
+    def _train_on_server(self, clock: Clock) -> Turn | None:
+        """The first process trains, all take its weights: on GPUs, several need not come to the same bits."""
+        if (plan := self.on_server.plan) is None:
+            return None
+        done = None
+        self.report.doing("training on the server")
+        with self.processes.together():
+            if self.processes.rank == 0:
+                done = self.on_server.train(clock.period, LocalTraining(self.processes.fabric, self.data)).to_json()
+        turn = Turn.from_json(self.processes.gather(done)[0])
+        if turn.rejected:
+            self._load_server()
+            return turn
+        self.processes.from_first(value.detach() for value in plan.sent.values())
+        follow(self.module, self.targets)
+        self.ledger.changed(plan.sent, clock.period)
+        return turn
 
     def _load_server(self) -> None:
         with torch.no_grad():
@@ -211,26 +235,30 @@ class Run:
         follow(self.module, self.targets)
 
     # -- what is told -----------------------------------------------------------------------------------------------
-    def _record(self, round: int, turns: list[Turn], seconds: float) -> None:
+    def _record(self, round: int, turns: list[Turn], own_turn: Turn | None, seconds: float) -> None:
         stage = self.chain.stage(round)
         for turn in turns:
             self.ledger.visited(turn.client, turn.kept)
             self.result.cost.add(stage, round, turn.cost)
             if turn.server is not None:
                 self.result.cost.add_server(stage, round, turn.server)
-        used = [turn for turn in turns if not turn.rejected]
+        if own_turn is not None:
+            self.result.cost.add_server(stage, round, own_turn.cost)
+        used = [turn for turn in turns if not (turn.rejected or turn.dropped_out)]
+        dropped_out = sum(turn.dropped_out for turn in turns)
         samples = sum(self.sizes[turn.client] for turn in used)
         row: dict[str, float] = {
             "round": round,
             "stage": stage + 1,
             "loss": sum(turn.loss * self.sizes[turn.client] for turn in used) / samples if used else math.nan,
             "clients": len(used),
-            "rejected": len(turns) - len(used),
+            "rejected": len(turns) - len(used) - dropped_out,
+            **({"dropped_out": dropped_out} if self.settings.dropout else {}),
             "bytes_down": sum(turn.cost.bytes_down for turn in turns),
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
             "lr": self.own.raw_optimizer.param_groups[0]["lr"],
             "seconds": seconds,
-            **_of_server(turns),
+            **_of_server(turns, own_turn),
             **self.chain.figures(),
         }
         last = round + 1 == self.settings.rounds
@@ -240,7 +268,7 @@ class Run:
             row |= self.result.metrics
         self.result.history.append(row)
         self.result.rounds = round + 1
-        self.report.round_is_done(row, turns, self.result)
+        self.report.round_is_done(row, [*turns, *([own_turn] if own_turn is not None else [])], self.result)
 
     def _evaluate(self, round: int) -> dict[str, float]:
         """Figures of the server's model, computed by the first process and told to all."""
@@ -294,11 +322,12 @@ class Run:
             )
 
 
-def _of_server(turns: Sequence[Turn]) -> dict[str, float]:
-    """What the server computed in clients' places, where it did."""
-    costs = [turn.server for turn in turns if turn.server is not None]
+def _of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]:
+    """What the server computed, in clients' places or on data of its own, where it did."""
+    costs = [turn.server for turn in turns if turn.server is not None] + ([] if own_turn is None else [own_turn.cost])
     flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
-    return {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
+    told = {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
+    return told if own_turn is None else {**told, "server_loss": own_turn.loss}
 
 
 def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:

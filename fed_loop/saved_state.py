@@ -25,7 +25,9 @@ class SavedState:
         """What must be the same for a run to go on; the number of rounds may grow."""
         run, settings = self._run, self._settings
         shapes = {name: tuple(value.shape) for name, value in run.server.items()}
+        dropout = {"dropout": str(settings.dropout)} if settings.dropout else {}  # not in checkpoints of earlier versions
         return {
+            **dropout,
             "model": f"{type(run.module).__name__}({dict(getattr(run.module, 'hparams', {}))})",
             "entries": digest(shapes),
             "plugins": str(run.chain.describe()),

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import refusal_told
+from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.trainees import Served, Trainee, Trainees
@@ -31,7 +31,7 @@ class Turn:
 
     Args:
         loss: mean over steps; kept: what the client keeps of what it received, with versions; rejected: why its update
-            was not used, or nothing; server: what the server computed in this client's place, where it did.
+            was not used, or nothing; dropped_out: no update came; server: what the server computed in this client's place, where it did.
     """
 
     client: int
@@ -39,6 +39,7 @@ class Turn:
     loss: float = 0.0
     kept: dict[str, int] = field(default_factory=dict)
     rejected: str = ""
+    dropped_out: bool = False
     cost: TurnCost = field(default_factory=TurnCost)
     server: TurnCost | None = None
 
@@ -51,23 +52,57 @@ class Turn:
         return cls(**{**data, "cost": TurnCost(**data["cost"]), "server": server})
 
 
+class LocalTraining:
+    """All local steps of one turn, a client's or the server's own."""
+
+    def __init__(self, fabric: Fabric, data: Any) -> None:
+        self._fabric, self._data = fabric, data
+
+    def steps(self, trainee: Trainee, step: LocalStep, meters: Meters, visit: Visit, batches: Iterable[Any], plan: Plan, turn: Turn) -> int:
+        """Step through ``batches``, and put loss and number of steps down in ``turn``; returns the number of samples."""
+        torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))  # the model's own dropout has no other source
+        clear([trainee.raw_optimizer])
+        trainee.module.zero_grad()  # the client before left them
+        losses = torch.zeros((), device=self._fabric.device)
+        samples = 0
+        for number, raw in enumerate(batches):
+            batch = self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0)
+            clock = Clock(visit.round, number)
+            size = count_samples(batch)
+            samples += size
+            with refusal_told(trainee.module, visit.client, size):
+                if meters.wants(plan.structure, number, size):
+                    loss, cost = step.metered(trainee.module, trainee.optimizer, batch, clock)
+                    meters.note(cost)
+                else:
+                    loss = step(trainee.module, trainee.optimizer, batch, clock)
+            losses += loss
+            turn.steps += 1
+        turn.loss = float(losses) / max(turn.steps, 1)
+        if not bool(torch.isfinite(losses)):
+            turn.rejected = "loss is not finite"
+        return samples
+
+
 class Clients:
     """Trains one client after the other on one device."""
 
     def __init__(self, fabric: Fabric, trainees: Trainees, data: Any) -> None:
-        self._fabric, self._trainees, self._data = fabric, trainees, data
+        self._fabric, self._trainees = fabric, trainees
+        self._training = LocalTraining(fabric, data)
         self.meters = Meters()
 
     def begin_round(self) -> None:
         self._last: tuple[tuple[str, ...], int, Message] | None = None
 
     def train(
-        self, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, memory: Message
+        self, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, memory: Message, arrives: bool = True
     ) -> tuple[Turn, Message, Message]:
         """Train the client of ``visit`` from the server's entries.
 
         Args:
             memory: what plugins kept at the end of the client's last turn.
+            arrives: whether its update does, or the client drops out after ``batches``.
 
         Returns:
             The turn's report; the client's update as it arrived at the server: new values, or, where plugins change what travels,
@@ -82,7 +117,11 @@ class Clients:
         turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
         bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
-        samples = self._steps(trainee, visit, batches, plan, turn)
+        samples = self._training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
+        if not arrives:
+            turn.rejected, turn.dropped_out = "", True
+            turn.cost = self.meters.turn_cost(plan, samples, bytes_down, 0, time.perf_counter() - started)
+            return turn, {}, {}
         payload = self._send(trainee, plan, before, visit)
         update = unpack(payload, limit=len(payload))
         kept = {name: value.detach().to("cpu", copy=True) for name, value in trainee.chain.remember(visit).items()}
@@ -112,31 +151,6 @@ class Clients:
             torch._foreach_copy_(list(plan.received.values()), values)
         follow(trainee.module, trainee.targets)
         return length
-
-    def _steps(self, trainee: Trainee, visit: Visit, batches: Iterable[Any], plan: Plan, turn: Turn) -> int:
-        """All local steps of one turn; returns the number of samples."""
-        torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))  # the model's own dropout has no other source
-        clear([trainee.raw_optimizer])
-        trainee.module.zero_grad()  # the client before left them
-        losses = torch.zeros((), device=self._fabric.device)
-        samples = 0
-        for step, raw in enumerate(batches):
-            batch = self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0)
-            clock = Clock(visit.round, step)
-            size = count_samples(batch)
-            samples += size
-            with refusal_told(trainee.module, visit.client, size):
-                if self.meters.wants(plan.structure, step, size):
-                    loss, cost = trainee.step.metered(trainee.module, trainee.optimizer, batch, clock)
-                    self.meters.note(cost)
-                else:
-                    loss = trainee.step(trainee.module, trainee.optimizer, batch, clock)
-            losses += loss
-            turn.steps += 1
-        turn.loss = float(losses) / max(turn.steps, 1)
-        if not bool(torch.isfinite(losses)):
-            turn.rejected = "loss is not finite"
-        return samples
 
     def _send(self, trainee: Trainee, plan: Plan, before: Mapping[str, Tensor], visit: Visit) -> bytes:
         """New values as they are, or, where plugins change what travels, what they make of the differences."""

@@ -1,7 +1,8 @@
 """Methods, written once: what each does to an ``nn.Module``, to what travels, and to the server. Needs torch alone."""
 
-from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
+from featherlight.plugins.base import SERVER, Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
+from featherlight.plugins.calibration import Calibration
 from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
 from featherlight.plugins.fetch_sgd import FetchSGD
@@ -13,10 +14,13 @@ from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
 from featherlight.plugins.quantization import Quantization
+from featherlight.plugins.server_calibration import ServerCalibration
 from featherlight.plugins.targets import find_targets
 from featherlight.plugins.top_k import TopK
 
 __all__ = [
+    "SERVER",
+    "Calibration",
     "Chain",
     "Change",
     "Clock",
@@ -31,6 +35,7 @@ __all__ = [
     "PrismSampling",
     "ProgressiveGrowth",
     "Quantization",
+    "ServerCalibration",
     "TopK",
     "Tower",
     "Visit",

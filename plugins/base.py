@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from featherlight.plugins.calibration import Calibration
     from featherlight.plugins.partition import Partition
 
 Message = dict[str, Tensor]
 """What travels: entries of a ``state_dict`` (or what codecs made of them) by name."""
+
+SERVER = -1
+"""In place of a client's number, where the server trains on data of its own."""
 
 
 class Clock(NamedTuple):
@@ -64,13 +68,16 @@ class Plugin:
     :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it.
 
     A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
-    to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift` and
-    :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same arguments, which
-    gets the verbs of training, :meth:`recall`, :meth:`decode_down`, :meth:`encode` and :meth:`remember`; without one, the first does both.
+    to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift`, for a
+    :meth:`calibration`, and to :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same
+    arguments, which gets the verbs of training, :meth:`recall`, :meth:`decode_down`, :meth:`encode` and :meth:`remember`; without one, the
+    first does both.
     """
 
     same_for_all: ClassVar[bool] = False
     """Whether all clients must train the server's own module, none a smaller one that another method makes."""
+    ordinary_server: ClassVar[bool] = True
+    """Whether the server holds an ordinary model between rounds, whose weights others may change there."""
 
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
@@ -166,8 +173,13 @@ class Plugin:
         """
         return total
 
+    def calibration(self, clock: Clock) -> Calibration | None:
+        """How the server trains the model on its own data, between the round's mean and :meth:`settle`; None: not at all. The host takes
+        the steps, with the module's own loss and optimizer and no plugin's training verbs. Asked behind :meth:`advance`."""
+        return None
+
     def settle(self, server: nn.Module, clock: Clock) -> None:
-        """After the server's update: a new factorisation, calibration on the server's own data."""
+        """After the server's update and its calibration: what else the server does with its weights, such as a new factorisation."""
 
     def figures(self) -> Mapping[str, float]:
         """What this method tells of the round that ends, by name, for the log."""

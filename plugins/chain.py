@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, overrides
+from featherlight.plugins.calibration import Calibration
 from featherlight.plugins.partition import Partition
 
 
@@ -158,6 +159,19 @@ class Chain(Plugin):
         for plugin in reversed(self.plugins):
             total = plugin.lift(total, clock)
         return total
+
+    def calibration(self, clock: Clock) -> Calibration | None:
+        found = [(type(plugin).__name__, given) for plugin in self.plugins if (given := plugin.calibration(clock)) is not None]
+        if len(found) > 1:
+            names = " and ".join(name for name, _ in found)
+            raise ValueError(f"{names} each train the server's model on its own data: leave all but one out")
+        other = ", ".join(type(plugin).__name__ for plugin in self.plugins if not plugin.ordinary_server)
+        if found and other:
+            raise ValueError(
+                f"{found[0][0]} trains the server's model on the server's own data, and with {other} the server holds no ordinary model "
+                "between rounds, to which that could be done: leave one of them out"
+            )
+        return found[0][1] if found else None
 
     def settle(self, server: nn.Module, clock: Clock) -> None:
         for plugin in self.plugins:

@@ -57,10 +57,11 @@ class CostTable:
     def __init__(self) -> None:
         self._stages: dict[int, _Stage] = {}
         self.server: CostTable | None = None
-        """What the server computed in clients' places, where it did: a row is the mean over clients, as theirs is."""
+        """What the server computed: in clients' places, a row being the mean over clients, as theirs is; or on data of its own, the mean
+        over rounds."""
 
     def add_server(self, stage: int, round: int, turn: TurnCost) -> None:
-        """Add what the server computed for one client's turn."""
+        """Add what the server computed for one client's turn, or in a turn of its own."""
         self.server = self.server or CostTable()
         self.server.add(stage, round, turn)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from featherlight.plugins.adapters import keeps_shape
-from featherlight.plugins.base import Clock, Plugin, Visit
+from featherlight.plugins.base import Change, Clock, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.bypass import is_absent, make_bypassable, restore, set_absent, set_bypassed
 from featherlight.plugins.seeds import derive
@@ -74,6 +74,10 @@ class DepthDropout(Plugin):
         for tower in self._towers:
             for block in tower.blocks:
                 make_bypassable(block)
+
+    def advance(self, clock: Clock) -> Change:
+        self._release()  # a period begins with every block there: what is left out is a turn's own
+        return Change()
 
     def visit(self, visit: Visit) -> None:
         self._visit = visit

@@ -66,6 +66,7 @@ class IntrinsicProjection(Plugin):
     """
 
     same_for_all = True
+    ordinary_server = False  # its weights are θ₀ + A·Σ, and nothing else would reach clients
 
     def __init__(
         self,

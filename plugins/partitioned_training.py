@@ -61,6 +61,8 @@ class PartitionedTraining(Plugin):
         ValueError: arguments that do not fit together; on attach, no such block.
     """
 
+    ordinary_server = False  # devices have the front
+
     def __init__(
         self,
         cut: str,

@@ -88,6 +88,10 @@ class Plan:
         keep_rest = rest >= self.at_least and not (drop_rest and full)
         return full + keep_rest
 
+    def sizes(self, size: int) -> list[int]:
+        """Images of each of them."""
+        return [min(self.batch_size, size - first * self.batch_size) for first in range(self.steps(size))]
+
     def draws(self, indices: Tensor, visit: Visit, epochs: int) -> Iterator[Draw]:
         """The batches of one visit to a client that holds ``indices``."""
         for epoch in range(epochs):

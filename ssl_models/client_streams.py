@@ -1,4 +1,4 @@
-"""What any data set that is shared out gives a federation about its clients: sizes, steps, and one stream of batches."""
+"""What any data set that is shared out gives a federation: its clients' sizes, steps and batches, and the server's own."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ class ClientStreams:
         raise NotImplementedError(f"{type(self).__name__} must give a loader over its clients' samples")
 
     @property
+    def _server_size(self) -> int:
+        """Samples that the server has for itself, and no client."""
+        return 0
+
+    @property
+    def _server_loader(self) -> BatchLoader:
+        raise NotImplementedError(f"{type(self).__name__} has no samples of the server's own")
+
+    @property
     def num_clients(self) -> int:
         """Clients that the data are shared out to."""
         return len(self._clients)
@@ -39,8 +48,7 @@ class ClientStreams:
 
     def batch_sizes(self, client: int, epochs: int) -> list[int]:
         """Samples of each batch of one visit to ``client``."""
-        size = len(self._clients[client])
-        return [min(self.plan.batch_size, size - first * self.plan.batch_size) for first in range(self.plan.steps(size))] * epochs
+        return self.plan.sizes(len(self._clients[client])) * epochs
 
     def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
         """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.
@@ -51,3 +59,13 @@ class ClientStreams:
         sampler.visits, sampler.epochs = visits, epochs
         turns = (turn for turn, visit in enumerate(visits) for _ in range(self.steps_per_visit(visit.client, epochs)))
         yield from zip(turns, self._client_loader, strict=True)
+
+    def server_batch_sizes(self, epochs: int) -> list[int]:
+        """Samples of each batch of ``epochs`` passes over the server's own; none where it has none."""
+        return self.plan.sizes(self._server_size) * epochs
+
+    def server_batches(self, visit: Visit, epochs: int) -> Iterator[Batch]:
+        """The batches of the server's own turn, ``Visit(round, SERVER, seed)``; to be treated as those of clients."""
+        sampler: Any = self._server_loader.sampler
+        sampler.visits, sampler.epochs = [visit], epochs
+        yield from self._server_loader

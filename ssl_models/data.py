@@ -52,6 +52,8 @@ class ImageData(ClientStreams, LightningDataModule):
         partition: how training images are divided over clients: IID, Dirichlet, Shards or Natural; None: IID.
         client_val_fraction: part of each client's images that is kept from training, for evaluation at the client.
         val_fraction: part of the training images that is kept from training, for validation.
+        server_fraction: part of the training images that is set aside for the server's own training (calibration); no client has them.
+        server_root: in its place, a folder of images for the server, labelled or not.
         test_fraction: part of all images used for testing, where the data set has no test part of its own; always the same images.
         limit_train: train on this many images only; smaller limits are subsets of larger ones of the same seed.
         seed: what partition, limit and validation part are drawn from, and the Trainer's batches.
@@ -81,6 +83,8 @@ class ImageData(ClientStreams, LightningDataModule):
         partition: Partition | None = None,
         client_val_fraction: float = 0.0,
         val_fraction: float = 0.0,
+        server_fraction: float = 0.0,
+        server_root: str | None = None,
         test_fraction: float = 0.2,
         limit_train: int | None = None,
         seed: int = 0,
@@ -93,9 +97,14 @@ class ImageData(ClientStreams, LightningDataModule):
         _one_of("dataset", dataset, tuple(LOADERS))
         _one_of("views", views, (1, 2))
         _one_of("augment", augment, ("batched", "lightly", "none"))
-        for name, fraction in (("client_val_fraction", client_val_fraction), ("val_fraction", val_fraction)):
+        fractions = {"client_val_fraction": client_val_fraction, "val_fraction": val_fraction, "server_fraction": server_fraction}
+        for name, fraction in fractions.items():
             if not 0 <= fraction < 1:
                 raise ValueError(f"{name}={fraction}; it must be at least 0 and below 1")
+        if val_fraction + server_fraction >= 1:
+            raise ValueError(f"val_fraction={val_fraction} and server_fraction={server_fraction} leave no images to clients: lower them")
+        if server_fraction and server_root is not None:
+            raise ValueError(f"server_fraction={server_fraction} and server_root={server_root}: the server has one or the other")
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction}; it must be above 0 and below 1")
         for name, number in (("batch_size", batch_size), ("num_clients", num_clients), ("limit_train", limit_train)):
@@ -107,6 +116,7 @@ class ImageData(ClientStreams, LightningDataModule):
         self.views, self.augment, self.augmentation, self.second_view = views, augment, augmentation, second_view
         self.batch_size, self.partition = batch_size, partition or IID()
         self.client_val_fraction, self.val_fraction, self.test_fraction = client_val_fraction, val_fraction, test_fraction
+        self.server_fraction, self.server_root = server_fraction, server_root
         self.limit_train, self.seed, self.num_workers = limit_train, seed, num_workers
         self.skip_unreadable, self.in_memory_bytes = skip_unreadable, in_memory_bytes
         self.plan = Plan(batch_size, True if drop_last is None and views == 2 else drop_last, at_least=views)
@@ -140,6 +150,7 @@ class ImageData(ClientStreams, LightningDataModule):
         """What decides which batches are drawn: a run goes on only with the same."""
         names = ["dataset", "image_size", "views", "augment", "augmentation", "second_view", "client_val_fraction", "val_fraction"]
         names += ["test_fraction", "limit_train", "seed", "plan"]
+        names += [name for name in ("server_fraction", "server_root") if getattr(self, name)]  # not in checkpoints of earlier versions
         divided = {"partition": f"{type(self.partition).__name__}({vars(self.partition)})"}
         return {name: repr(getattr(self, name)) for name in names} | divided
 
@@ -168,7 +179,7 @@ class ImageData(ClientStreams, LightningDataModule):
             LOADERS[self.dataset](self.root, True, False)
 
     def setup(self, stage: str | None = None) -> None:
-        self._train, self._make_views  # noqa: B018
+        self._train, self._server, self._make_views  # noqa: B018
 
     def train_dataloader(self) -> DataLoader[Any]:
         everything = [torch.arange(len(self._train.labels))]
@@ -207,20 +218,27 @@ class ImageData(ClientStreams, LightningDataModule):
         return LOADERS[self.dataset](self.root, self.download, isinstance(self.partition, Natural))
 
     @cached_property
-    def _parts(self) -> tuple[Source, Source, Source]:
-        """Training, validation and test images, whose files are not read yet."""
+    def _parts(self) -> tuple[Source, Source, Source, Source]:
+        """Training, validation, test and server's images, whose files are not read yet."""
         source, test = self._loaded.train, self._loaded.test
         places = torch.arange(len(source.labels))
         if test is None:
             held, places = _stratified(source.labels, self.test_fraction)
             test = source.at(held)
         places = places[torch.randperm(len(places), generator=generator(self.seed, "train"))]
-        kept = round(self.val_fraction * len(places))
-        val, train = places[:kept].sort().values, places[kept:][: self.limit_train].sort().values
-        return source.at(train), source.at(val), test
+        kept, servers = (round(fraction * len(places)) for fraction in (self.val_fraction, self.server_fraction))
+        cuts = places[:kept], places[kept : kept + servers], places[kept + servers :][: self.limit_train]
+        val, server, train = (source.at(part.sort().values) for part in cuts)
+        return train, val, test, server if self.server_root is None else self._elsewhere(self.server_root)
 
-    def _read(self, part: int) -> Source:
-        source = read(self._parts[part], self.image_size, self.in_memory_bytes, self.skip_unreadable)
+    def _elsewhere(self, root: str) -> Source:
+        """All images of another folder; labels where its classes are called as ours."""
+        other = LOADERS["folder"](root, False, False)
+        ours = torch.tensor([*(self._loaded.classes.index(name) if name in self._loaded.classes else -1 for name in other.classes), -1])
+        return Source(other.train.images, ours[other.train.labels])
+
+    def _read(self, part: int, image_size: int | None = None) -> Source:
+        source = read(self._parts[part], image_size or self.image_size, self.in_memory_bytes, self.skip_unreadable)
         if len(source.images) and (shape := tuple(source.images.take(torch.tensor([0])).shape[1:])) != self.image_shape:
             raise ValueError(
                 f"there are images of shape {self.image_shape} and of shape {shape} (C, H, W); set image_size to bring all to one size"
@@ -238,6 +256,18 @@ class ImageData(ClientStreams, LightningDataModule):
     @cached_property
     def _test(self) -> Source:
         return self._read(2)
+
+    @cached_property
+    def _server(self) -> Source:
+        return self._read(3, None if self.server_root is None else self.image_shape[1])
+
+    @property
+    def _server_size(self) -> int:
+        return len((self._server if self.skip_unreadable else self._parts[3]).labels)
+
+    @cached_property
+    def _server_loader(self) -> BatchLoader:
+        return self._batches(VisitSampler([torch.arange(self._server_size)], self.plan, self.seed), self._server)
 
     @property
     def _listed(self) -> Source:
@@ -289,10 +319,11 @@ class ImageData(ClientStreams, LightningDataModule):
     def _client_loader(self) -> BatchLoader:
         return self._batches(VisitSampler(self._clients, self.plan, self.seed))
 
-    def _batches(self, sampler: VisitSampler) -> BatchLoader:
+    def _batches(self, sampler: VisitSampler, source: Source | None = None) -> BatchLoader:
+        source = self._train if source is None else source
         transform = self._make_views.in_loader if self.augment == "lightly" else None
         return BatchLoader(
-            BatchDataset(self._train.images, self._train.labels, transform),
+            BatchDataset(source.images, source.labels, transform),
             batch_size=None,
             sampler=sampler,
             collate_fn=as_is,

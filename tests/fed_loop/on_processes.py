@@ -18,6 +18,7 @@ from featherlight.plugins import (
     PrismSampling,
     ProgressiveGrowth,
     Quantization,
+    ServerCalibration,
     TopK,
 )
 
@@ -113,6 +114,14 @@ def lockstep(toys, settings):
     """Both parts train, step by step."""
     plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]
     return Federation(2, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+
+
+def calibrated(toys, settings):
+    """The server trains on images of its own, which only one process does; clients that drop out."""
+    blocks = {"blocks": "backbone.blocks.*"}
+    plugins = [LayerFreezing(**blocks, periods_per_stage=2), DepthDropout(**blocks), ServerCalibration()]
+    data = toys.small_digits(num_clients=5, server_fraction=0.03)
+    return Federation(4, cohort=4, dropout=0.3, seed=2, **settings), toys.small_ssl("byol"), data, plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

@@ -1,0 +1,98 @@
+"""Clients that drop out of a round: what they cost, and the mean over those who stay."""
+
+import pytest
+import torch
+
+from featherlight.fed_loop.cohort import dropouts, steps_done
+from featherlight.fed_loop.predict import predict
+from featherlight.plugins import LayerFreezing, PartitionedTraining, TopK
+
+SIZES = [6, 10, 14, 3, 7]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1)
+
+
+def test_the_share_that_is_asked_for_drops_out_each_time_others():
+    drawn = [dropouts(range(10), 0.25, 3, round) for round in range(200)]
+    assert {len(gone) for gone in drawn} == {3}
+    times = torch.tensor([client for gone in drawn for client in gone]).bincount(minlength=10)
+    assert (times - 60).abs().max() < 25  # 60 each on average, 6.5 the standard deviation
+    assert dropouts(range(4), 0.0, 3, 0) == {}
+    assert len(dropouts([1, 2], 0.99, 3, 0)) == 1  # somebody stays
+
+
+def test_a_client_takes_at_least_one_step_and_may_get_to_the_end():
+    done = torch.tensor([steps_done(place / 1000, 4) for place in range(1000)]).bincount(minlength=5)
+    assert done.tolist() == [0, 250, 250, 250, 250]
+
+
+def test_the_mean_is_over_those_who_stay(net, points, federation):
+    """Each of them alone, then their mean by samples; statistics and counts as well."""
+    module, data = net(sgd), points(SIZES)
+    result = federation(1, dropout=0.4, seed=5).run(module, data)
+    gone = dropouts(range(5), 0.4, 5, 0)
+    left = [client for client in range(5) if client not in gone]
+    assert len(gone) == 2
+    total = sum(SIZES[client] for client in left)
+    wanted = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in module.state_dict().items()}
+    for client in left:
+        model = net(sgd).train()
+        optimizer = model.configure_optimizers()
+        for batch in data.batches(client):
+            optimizer.zero_grad()
+            model.training_step(batch, 0).backward()
+            optimizer.step()
+        for name, value in model.state_dict().items():
+            wanted[name] += value.double() * SIZES[client] / total
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value.double(), wanted[name].round() if value.dtype == torch.int64 else wanted[name], atol=1e-6), name
+    row = result.history[0]
+    assert (row["clients"], row["dropped_out"], row["rejected"], result.turns) == (3, 2, 0, 3)
+
+
+@pytest.mark.parametrize("plugins", [list, lambda: [LayerFreezing("blocks.*")]], ids=["end to end", "layer-wise"])
+def test_download_and_part_of_the_work_are_counted(plugins, net, points, federation, cost_of):
+    whole = federation(2, seed=5).run(net(), points(SIZES), plugins())
+    settings = federation(2, seed=5, dropout=0.4)
+    some = settings.run(net(), points(SIZES), plugins())
+    assert cost_of(predict(settings, net, points(SIZES), plugins())) == cost_of(some.cost)
+    first, all_of_it = some.history[0], whole.history[0]
+    assert first["bytes_down"] == all_of_it["bytes_down"]
+    assert first["bytes_up"] == all_of_it["bytes_up"] * 3 / 5
+    flops = [row["flops_forward"] for row in (some.cost.rows()[0], whole.cost.rows()[0])]
+    assert flops[0] < flops[1]
+
+
+def test_what_was_not_sent_is_not_forgotten(net, points, federation):
+    """Error feedback: a client that dropped out remembers what it did before, as one that was not there."""
+    result = federation(3, dropout=0.5, seed=2).run(net(), points([6, 10]), [TopK(5)])
+    assert [row["clients"] for row in result.history] == [1, 1, 1]
+    assert result.rejected == 0
+
+
+def test_resumed_is_uninterrupted(tmp_path, net, points, federation, same, figures):
+    def run(rounds, folder, resume=False):
+        module = net()
+        result = federation(rounds, cohort=4, dropout=0.5, folder=folder).run(module, points(SIZES), resume=resume)
+        return module.state_dict(), figures(result)
+
+    run(2, tmp_path)
+    resumed, told = run(4, tmp_path, resume=True)
+    whole, wanted = run(4, None)
+    same(resumed, whole)
+    assert told == wanted
+    with pytest.raises(ValueError, match=r"dropout was 0.5, now None"):
+        federation(5, cohort=4, folder=tmp_path).run(net(), points(SIZES), resume=True)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_out_of_range(share, federation):
+    with pytest.raises(ValueError, match="dropout="):
+        federation(1, dropout=share)
+
+
+def test_refused_where_the_model_is_divided(net, points, federation):
+    with pytest.raises(ValueError, match="nobody drops out"):
+        federation(1, dropout=0.5).run(net(), points(SIZES), [PartitionedTraining("blocks.1")])

@@ -1,0 +1,212 @@
+"""Server-side calibration: what it trains, what then travels, what it costs, and beside whom it is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from featherlight.fed_loop import Momentum
+from featherlight.fed_loop.predict import predict
+from featherlight.plugins import (
+    SERVER,
+    DepthDropout,
+    IntrinsicProjection,
+    LayerFreezing,
+    PartitionedTraining,
+    Plugin,
+    PrismSampling,
+    ProgressiveGrowth,
+    ServerCalibration,
+    TopK,
+    Visit,
+)
+
+BLOCKS = "backbone.blocks.*"
+METHODS = {
+    "end to end": lambda: [],
+    "layer-wise": lambda: [LayerFreezing(BLOCKS)],
+    "layer-wise, depth dropout": lambda: [LayerFreezing(BLOCKS), DepthDropout(BLOCKS)],
+    "progressive": lambda: [ProgressiveGrowth(BLOCKS)],
+    "progressive, depth dropout": lambda: [ProgressiveGrowth(BLOCKS), DepthDropout(BLOCKS)],
+}
+
+
+class Watch(Plugin):
+    """The server's weights before and after its own training."""
+
+    def __init__(self):
+        self._seen = []
+
+    def attach(self, model):
+        self._model = model
+
+    def settle(self, server, clock):
+        self._seen.append(copy.deepcopy(server.state_dict()))
+
+
+@pytest.mark.parametrize(("model", "method"), list(zip(["simclr", "byol", "mocov3", "simclr", "mocov3"], METHODS, strict=True)))
+def test_predicted_is_measured(model, method, ssl, digits, federation, cost_of):
+    """With a prefix, without one, with blocks left out of clients' turns; any block may have changed, and is sent again."""
+
+    def data():
+        return digits(num_clients=3, limit_train=60, server_fraction=0.03)
+
+    settings = federation(3, cohort=2, seed=1)
+    plugins = [ServerCalibration(epochs=2), *METHODS[method]()]
+    predicted = cost_of(predict(settings, lambda: ssl(model), data(), plugins))
+    measured = cost_of(settings.run(ssl(model), data(), [*METHODS[method](), ServerCalibration(epochs=2)]).cost)
+    assert predicted == measured
+    without = cost_of(predict(settings, lambda: ssl(model), data(), METHODS[method]()))
+    assert [row["bytes_up"] for row in measured["rows"]] == [row["bytes_up"] for row in without["rows"]]
+    assert "server" not in without
+    server = measured["server"]["rows"][-1]
+    assert server["params_trained"] >= measured["rows"][-1]["params_trained"]
+    assert server["bytes_down"] == server["bytes_up"] == 0
+    assert 0 < server["saved_bytes"] < server["peak_bytes"]
+
+
+def test_what_trains_is_the_whole_model_of_the_stage(ssl, digits, federation):
+    module, watch, frozen = ssl("mocov3"), Watch(), "projector.layers.0.weight"
+    module.get_parameter(frozen).requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    modes = []
+
+    class Mode(Plugin):
+        def settle(self, server, clock):
+            modes.append([parameter.requires_grad for parameter in server.backbone.blocks.parameters()])
+
+    data = digits(num_clients=1, server_fraction=0.05)
+    federation(2, resend=True).run(module, data, [LayerFreezing(BLOCKS), ServerCalibration(), watch, Mode()])
+    first, second = watch._seen
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    own = {name.split(".")[2] for name in changed if name.startswith("backbone.blocks.")}
+    assert own == {"0", "1"}  # in stage 2 block 0 is frozen for clients, and block 2 is not there yet
+    assert {name for name in changed if name.startswith("backbone.patch_embed")}
+    assert torch.equal(second[frozen], before[frozen])  # the user's own choice stands
+    per_block = len(modes[1]) // 3
+    assert modes[1] == [False] * per_block + [True] * per_block + [False] * per_block  # closed again
+
+
+def test_a_round_by_hand(net, points, federation):
+    """FedAvg of one client, then plain steps of a fresh optimizer at the round's rate times the factor, on the server's points."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+    data, module, model = WithServer(points([6])), net(sgd), net(sgd)
+    result = federation(2).run(module, data, [ServerCalibration(epochs=2, lr_factor=0.5)])
+    losses = []
+    for _ in range(2):
+        for batches, rate in ((data.batches(0), 0.1), (data.own * 2, 0.05)):
+            model.train()
+            optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+            losses.append([])
+            for batch in batches:
+                optimizer.zero_grad()
+                loss = model.training_step(batch, 0)
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value, model.state_dict()[name], atol=1e-6), name
+    assert result.history[1]["server_loss"] == pytest.approx(sum(losses[3]) / 4, rel=1e-5)
+    assert result.history[1]["server_flops"] > 0
+    assert data.asked == [(Visit(0, SERVER, 0), 2), (Visit(1, SERVER, 0), 2)]
+    assert result.turns == 2  # the server's own turn is no client's
+
+
+class WithServer:
+    """Points, and some of the server's own, in two batches."""
+
+    def __init__(self, points, spoil=False):
+        self._points, self.asked = points, []
+        random = torch.Generator().manual_seed(7)
+        self.own = [(torch.randn(5, 6, generator=random), torch.randint(0, 3, (5,), generator=random)) for _ in range(2)]
+        if spoil:
+            self.own[1][0][0, 0] = float("nan")
+
+    def __getattr__(self, name):
+        return getattr(self._points, name)
+
+    def server_batch_sizes(self, epochs):
+        return [5, 5] * epochs
+
+    def server_batches(self, visit, epochs):
+        self.asked.append((visit, epochs))
+        return [(x.clone(), y.clone()) for x, y in self.own] * epochs
+
+
+def test_a_calibration_that_diverges_is_left_out(net, points, federation, same, capsys):
+    module, plain = net(), net()
+    result = federation(2).run(module, WithServer(points([6, 10]), spoil=True), [ServerCalibration()])
+    federation(2).run(plain, points([6, 10]))
+    same(module.state_dict(), plain.state_dict())
+    assert result.rejected == 0
+    assert "server's own training rejected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plugins", [[PrismSampling({0.5: 1.0}, layers="blocks.*")], [TopK(20)]], ids=["prism", "top-k"])
+def test_beside_methods_whose_server_is_ordinary(plugins, net, points, federation):
+    """What the server changed reaches clients: their module holds the server's weights when they begin."""
+    module = net()
+    result = federation(3, server=Momentum()).run(module, WithServer(points([6, 10, 7])), [*plugins, ServerCalibration()])
+    plain = net()
+    federation(3, server=Momentum()).run(plain, points([6, 10, 7]), [type(plugin)(**plugin.describe()) for plugin in plugins])
+    assert result.rejected == 0
+    assert not torch.equal(module.stem.weight, plain.stem.weight)
+
+
+def test_top_k_sends_what_calibration_changed(net, points, federation):
+    """The second round's download holds every parameter, where without calibration it holds what the first round's clients sent."""
+    down = []
+    for data, plugins in ((points([6, 10]), []), (WithServer(points([6, 10])), [ServerCalibration()])):
+        down.append(federation(2).run(net(), data, [TopK(5), *plugins]).history[1]["bytes_down"])
+    parameters = sum(value.numel() for value in net().parameters())
+    assert down[0] < 2 * 4 * parameters < down[1]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "data", "message"),
+    [
+        (lambda: [IntrinsicProjection(5)], True, "IntrinsicProjection the server holds no ordinary model"),
+        (lambda: [PartitionedTraining("blocks.1")], True, "PartitionedTraining the server holds no ordinary model"),
+        (lambda: [ServerCalibration()], True, "ServerCalibration and ServerCalibration each"),
+        (list, False, "Points has none: give it server_batches"),
+    ],
+)
+def test_refused(plugins, data, message, net, points, federation):
+    given = WithServer(points([6])) if data else points([6])
+    for go in (
+        lambda: federation(1).run(net(), given, [*plugins(), ServerCalibration()]),
+        lambda: predict(federation(1), net, given, [*plugins(), ServerCalibration()]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            go()
+
+
+def test_images_without_a_part_for_the_server(ssl, digits, federation):
+    with pytest.raises(ValueError, match=r"set server_fraction .* or server_root"):
+        federation(1).run(ssl("simclr"), digits(), [ServerCalibration()])
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"lr_factor": 0.0}])
+def test_arguments_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ServerCalibration(**options)
+
+
+def test_resumed_is_uninterrupted(tmp_path, ssl, digits, federation, same, figures):
+    """Stopped behind a round whose calibration is done: the next round's download and everything after are the same."""
+    plugins = [LayerFreezing(BLOCKS), DepthDropout(BLOCKS), ServerCalibration()]
+
+    def run(rounds, folder, resume=False):
+        module = ssl("mocov3")
+        data = digits(server_fraction=0.03, limit_train=60)
+        result = federation(rounds, cohort=2, folder=folder).run(module, data, copy.deepcopy(plugins), resume=resume)
+        return module.state_dict(), figures(result)
+
+    run(2, tmp_path)
+    resumed, told = run(3, tmp_path, resume=True)
+    whole, wanted = run(3, None)
+    same(resumed, whole)
+    assert told == wanted
