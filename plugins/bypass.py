@@ -23,10 +23,17 @@ class Bypass:
     _frozen: bool = False
     _residual_scale: float = 1.0
     _instead: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered a second time
+    _shared: Any = None  # the SharedPrefix of a step under way
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypassed_by:
             return self._instead[0](args[0]) if self._instead else args[0]
+        if self._shared is None or torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        return self._shared.run(self, self._forward, args, kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own way from its input to its output."""
         grows_graph = torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].requires_grad
         if self._frozen and grows_graph and not any(p.requires_grad for p in self.parameters()):  # type: ignore[attr-defined]
             raise RuntimeError(
@@ -66,7 +73,7 @@ def restore(block: nn.Module) -> None:
     """Give ``block`` its own class back and clear every mark."""
     if isinstance(block, Bypass):
         block.__class__ = type(block).__mro__[2]  # [Bypassable…, Bypass, own]
-    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_skippable", "_residual_scale", "_instead"):
+    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_skippable", "_residual_scale", "_instead", "_shared"):
         block.__dict__.pop(mark, None)
 
 

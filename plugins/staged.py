@@ -11,6 +11,7 @@ from featherlight.plugins.adapters import make_adapters
 from featherlight.plugins.base import Change, Clock, Plugin
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.bypass import make_bypassable, restore, set_absent, set_bypassed
+from featherlight.plugins.shared_prefix import SharedPrefix
 from featherlight.plugins.targets import copy_member, find_targets
 
 ADAPTERS = "width_adapters"
@@ -31,6 +32,9 @@ class Staged(Plugin):
         stem: what comes before the blocks (paths of modules or parameters); by default what their parent registers before them.
         tail: what comes after the blocks, where their parent registers some of it before them; it always trains.
         targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
+        share_prefix: run the frozen prefix that online branch and momentum copies have alike once a view, for all of them. It is done where
+            the copies' blocks hold the same weights and are given the same values, and gives the same gradients. Switch it off where
+            frozen blocks in eval mode draw random numbers, or what follows the blocks looks at several of them.
 
     Raises:
         ValueError: on attach, when blocks are not found or stages and blocks do not add up.
@@ -47,6 +51,7 @@ class Staged(Plugin):
         stem: Sequence[str] | None = None,
         tail: Sequence[str] | None = None,
         targets: Literal["auto"] | dict[str, str] = "auto",
+        share_prefix: bool = True,
     ) -> None:
         for name, value in (("blocks_per_stage", blocks_per_stage), ("periods_per_stage", periods_per_stage)):
             counts = [value] if isinstance(value, int) else list(value)
@@ -63,7 +68,10 @@ class Staged(Plugin):
         self.stem = stem
         self.tail = tail
         self.targets = targets
+        self.share_prefix = share_prefix
         self._frozen: list[nn.Module] = []
+        self._shared: list[SharedPrefix] = []
+        self._alike: tuple[int, bool] = (-1, False)
 
     # -- the schedule ---------------------------------------------------------------------------------------------
     def stage(self, period: int) -> int:
@@ -112,14 +120,21 @@ class Staged(Plugin):
         for name, adapter in self._adapters.items():
             self._train(adapter, name == str(stage))
             set_absent(adapter, "stage", name != str(stage))
-        self.before_forward(clock)
+        self._shared, self._alike = self._prefixes() if self.share_prefix else [], (-1, False)
+        self._put_to_rest()
         changed = [p for p in self._own_parameters() if p.requires_grad != before[id(p)]]
         return Change(tuple(p for p in changed if not p.requires_grad), tuple(p for p in changed if p.requires_grad))
 
     def before_forward(self, clock: Clock) -> None:
-        for module in self._frozen:  # a host's model.train() wakes frozen norms and dropout: put them back
-            if module.training:
-                module.eval()
+        self._put_to_rest()
+        if clock.step == 0 or self._alike[0] != clock.period:  # afterwards, averages of equals stay equal
+            self._alike = clock.period, all(prefix.equal() for prefix in self._shared)
+        for prefix in self._shared if self._alike[1] else ():
+            prefix.enter()
+
+    def after_step(self, clock: Clock) -> None:
+        for prefix in self._shared:
+            prefix.leave()
 
     def detach(self) -> None:
         for tower in (self._tower, *self._followers):
@@ -131,9 +146,21 @@ class Staged(Plugin):
             module.train(self._model.training)
         if len(self._adapters):
             delattr(self._model, ADAPTERS)
-        self._frozen = []
+        self._frozen, self._shared = [], []
 
     # -- helpers --------------------------------------------------------------------------------------------------
+    def _put_to_rest(self) -> None:
+        for module in self._frozen:  # a host's model.train() wakes frozen norms and dropout: put them back
+            if module.training:
+                module.eval()
+
+    def _prefixes(self) -> list[SharedPrefix]:
+        """The frozen prefix of the online branch, with those of its copies."""
+        blocks = self._tower.blocks
+        size = next((place for place, block in enumerate(blocks) if not block._frozen), len(blocks))  # type: ignore[union-attr]
+        copies = [follower for _, follower in self._pairs]
+        return [SharedPrefix([tower.blocks[:size] for tower in (self._tower, *copies)])] if size and copies else []
+
     def _cut(self, n_blocks: int) -> list[int]:
         """Number of blocks of each group."""
         if isinstance(self.blocks_per_stage, int):
