@@ -18,6 +18,7 @@ from rich.table import Table
 
 from featherlight.commands.cost import predict_config
 from featherlight.commands.paper_rule import GB, Rule
+from featherlight.fed_loop.predict import Parts
 from featherlight.plugins.cost_table import CostTable
 
 PAPERS = Path(__file__).parent.parent / "configs" / "papers"
@@ -29,6 +30,8 @@ PRINTED = {  # memory GB, GFLOPs, communication "GB"
 }
 PRINTED_DROPOUT = {"layerwise": (2.49, 111, 1.66), "progressive": (5.24, 233, 3.97)}
 WORST_CASE = 3.35
+CHEAPER = {"layerwise_calibrated": 3.2, "progressive_calibrated": 1.8}
+"""Traffic of the encoder, end to end over this: versions 1 to 3, whose server trains all blocks after each round."""
 
 
 def variant(way: str, model: str, family: str = "vit_tiny") -> str:
@@ -52,6 +55,14 @@ def wire(table: CostTable) -> float:
     """Traffic as serialised, in the paper's GB."""
     total = table.total()
     return (total["bytes_down"] + total["bytes_up"]) / GB
+
+
+def encoder(way: str) -> tuple[float, float]:
+    """Traffic of the encoder alone, both ways, in the paper's GB: by its rule, and of the tensors that `featherlight cost` predicts."""
+    told: list[Parts] = []
+    path = variant(way, "MoCoV3")
+    predict_config(path, [], parts=told.append)
+    return Rule(path).totals(only="backbone.")[1], sum(told[0]["backbone"]) / GB
 
 
 def mean(table: CostTable, name: str) -> float:
@@ -102,6 +113,16 @@ def main() -> None:
         "MoCoV3 layerwise, worst case", "", "", "", f"{WORST_CASE}", f"{counted:.3f}", f"{counted / WORST_CASE - 1:+.1%}", f"{resent:.3f}"
     )
     console.print(out)
+    calibrated = Table(title="with server-side calibration (versions 1 to 3): traffic of the encoder only, GB, and end to end over it")
+    for heading in ("configuration", "paper", "its rule, GB", "ratio", "predicted, GB", "ratio"):
+        calibrated.add_column(heading, justify="right")
+    ours = encoder("end_to_end")
+    for way, printed in CHEAPER.items():
+        by_rule, predicted = encoder(way)
+        calibrated.add_row(
+            f"MoCoV3 {way}", f"{printed}", f"{by_rule:.3f}", f"{ours[0] / by_rule:.2f}", f"{predicted:.3f}", f"{ours[1] / predicted:.2f}"
+        )
+    console.print(calibrated)
     console.print(memory)
     if not quick:
         resnet = Table(title="ResNet-18 (CIFAR stem) in its four groups, same settings; the paper prints no costs for it")

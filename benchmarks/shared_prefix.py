@@ -3,8 +3,8 @@
     python benchmarks/shared_prefix.py                     ViT-Tiny at 32 px, MoCo v3, batch 16, all 12 stages, one CPU thread: minutes
     python benchmarks/shared_prefix.py --method BYOL --batch 256 --device cuda --stages 1 6 12
 
-Each line is one step, forward and backward, with and without sharing: seconds (the fastest of some), bytes kept for backward, peak bytes, FLOPs
-forward (a multiply-add is 2), and the largest difference that sharing makes to any gradient.
+Each line is one step, forward and backward, with and without sharing: its time (the fastest of some), bytes kept for backward, peak bytes,
+FLOPs forward (a multiply-add is 2), and the largest difference that sharing makes to any gradient.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import Progress
 
-from featherlight.commands.parsing import Parts, federated_parser, is_federated, parse
-from featherlight.commands.tables import compression_line, cost_table, server_table
+from featherlight.commands.parsing import Parts as Configured
+from featherlight.commands.parsing import federated_parser, is_federated, parse
+from featherlight.commands.tables import compression_line, cost_table, parts_line, server_table
 from featherlight.fed_loop.whole_files import write_text
 from featherlight.plugins.cost_table import HEADINGS, CostTable
 
 if TYPE_CHECKING:
-    from featherlight.fed_loop.predict import Traffic
+    from featherlight.fed_loop.predict import Parts, Traffic
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -36,7 +37,8 @@ def run(command: str, arguments: list[str]) -> None:
     known, rest = _split(arguments)
     config = parse(parser, known)
     traffic: list[Traffic] = []
-    table = predict_config(config.config, rest, traffic.append)
+    parts: dict[str, tuple[float, float]] = {}
+    table = predict_config(config.config, rest, traffic.append, parts.update)
     shown = [name for name in HEADINGS if name != "seconds"]
     Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
     if table.server is not None:
@@ -44,12 +46,21 @@ def run(command: str, arguments: list[str]) -> None:
     for last in traffic:
         if last.down + last.up < 2 * last.whole:
             Console().print(compression_line(last.compression))
+    if len(parts) > 1:
+        Console().print(parts_line(parts))
     if config.json:
-        write_text(Path(config.json), json.dumps(_predicted(table), indent=2))
+        told = {name: {"bytes_down": down, "bytes_up": up} for name, (down, up) in sorted(parts.items())}
+        write_text(Path(config.json), json.dumps({**_predicted(table), **({"parts": told} if told else {})}, indent=2))
 
 
-def predict_config(path: str, arguments: list[str], last_traffic: Callable[[Traffic], None] = lambda traffic: None) -> CostTable:
-    """The predicted cost table of a configuration file, federated or for a Trainer; ``last_traffic`` is told of a last round."""
+def predict_config(
+    path: str,
+    arguments: list[str],
+    last_traffic: Callable[[Traffic], None] = lambda traffic: None,
+    parts: Callable[[Parts], None] = lambda parts: None,
+) -> CostTable:
+    """The predicted cost table of a configuration file, federated or for a Trainer; ``last_traffic`` is told of a last round, ``parts`` of
+    what travels of each part of the model."""
     from featherlight.fed_loop.predict import predict
 
     if not is_federated(path):
@@ -57,12 +68,13 @@ def predict_config(path: str, arguments: list[str], last_traffic: Callable[[Traf
 
         return predict_fit(["-c", path, *arguments])
     parser = federated_parser()
-    parts = Parts(parser, parse(parser, ["-c", path, *arguments]))
-    federation = parts.federation()
+    config = Configured(parser, parse(parser, ["-c", path, *arguments]))
+    federation = config.federation()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=federation.rounds)
-        data, plugins = parts.data(pictures=False), parts.plugins()
-        return predict(federation, parts.module, data, plugins, lambda done: progress.update(task, completed=done), last_traffic)
+        data, plugins = config.data(pictures=False), config.plugins()
+        make = config.module
+        return predict(federation, make, data, plugins, lambda done: progress.update(task, completed=done), last_traffic, parts)
 
 
 def _predicted(table: CostTable) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -50,6 +50,10 @@ class Traffic(NamedTuple):
         return 1 / down if down else inf, 1 / up if up else inf, 1 / both if both else inf
 
 
+Parts = Mapping[str, tuple[float, float]]
+"""Tensors' bytes down and up by part of the model, a name's first component, of a client in every round, over the run."""
+
+
 def predict(
     settings: Federation,
     make_module: Callable[[], nn.Module],
@@ -57,6 +61,7 @@ def predict(
     plugins: Sequence[Plugin] = (),
     progress: Callable[[int], None] = lambda round: None,
     last_traffic: Callable[[Traffic], None] = lambda traffic: None,
+    parts: Callable[[Parts], None] = lambda parts: None,
 ) -> CostTable:
     """The cost table that ``settings.run`` would measure, but for seconds.
 
@@ -66,19 +71,20 @@ def predict(
             batch of n samples, as ``training_step`` takes it.
         progress: told the number of each round done.
         last_traffic: told what travels in the last round, when what clients are sent at first is behind them.
+        parts: told what travels of each part of the model, where clients train all that they hold.
     """
     _ = data.num_clients, data.example_batch(2)  # whatever data read on first use, they read now and not as fakes
     try:
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
             module = _precision(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress, last_traffic)
+            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress, last_traffic, parts)
     except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError) as error:
         warnings.warn(
             f"something's shape depends on values ({error}), so real steps are metered, which takes time and memory", stacklevel=2
         )
         module = _precision(settings).convert_module(make_module())
-        return _predict(settings, module, data, plugins, progress, last_traffic)
+        return _predict(settings, module, data, plugins, progress, last_traffic, parts)
 
 
 def _precision(settings: Federation) -> Precision:
@@ -92,6 +98,7 @@ def _predict(
     plugins: Sequence[Plugin],
     progress: Callable[[int], None],
     last_traffic: Callable[[Traffic], None],
+    parts: Callable[[Parts], None],
 ) -> CostTable:
     chain = Chain(plugins)
     blank = chain.anew()
@@ -102,6 +109,7 @@ def _predict(
         prediction = _Prediction(settings, module, data, chain, blank, targets)
         table = prediction.rounds(progress)
         last_traffic(prediction.traffic)
+        parts(prediction.parts)
         return table
     finally:
         chain.detach()
@@ -129,6 +137,7 @@ class _Prediction:
         self.table = CostTable()
         self.divided = DividedPrediction(settings, self.own, data, _precision(settings), self.ledger, self.table)
         self.traffic = Traffic()
+        self.parts: dict[str, tuple[float, float]] = {}
         self._lengths: dict[Any, _Length] = {}
         self._lengths_up: dict[Any, _Length] = {}
         self._served: dict[Any, Served] = {}
@@ -153,7 +162,7 @@ class _Prediction:
                 plan = trainee.plan(visit)
                 served = self._serve(trainee, plan, visit)
                 kept[client] = self.ledger.after(client, served.lasting, plan.sent, self.own.live.keys())
-                self._turn(trainee, plan, visit, served, gone.get(client))
+                self._turn(trainee, plan, visit, served, gone.get(client), len(cohort))
                 changed |= plan.sent.keys() if client not in gone else set()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
@@ -174,7 +183,7 @@ class _Prediction:
                 self._served[key] = known
         return known
 
-    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, gone: float | None) -> None:
+    def _turn(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, gone: float | None, clients: int) -> None:
         """Price a client's turn, of which it has done the part ``gone`` where it drops out."""
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
         if gone is not None:
@@ -194,9 +203,12 @@ class _Prediction:
             self.meters.note(of_step)
         names = self.ledger.to_send(visit.client, served.wanted, served.made)
         down = self._length({name: served.entries[name] for name in names})
-        up = self._length_up(trainee, plan, visit) if gone is None else _Length(0, 0)
+        up = self._length_up(trainee, plan, visit) if gone is None else _Length(0, 0, {})
         whole = sum(value.numel() * value.element_size() for value in plan.received.values())
         self.traffic = Traffic(*(total + part for total, part in zip(self.traffic, (whole, down.content, up.content))))
+        for part in down.parts.keys() | up.parts.keys():
+            before = self.parts.get(part, (0.0, 0.0))
+            self.parts[part] = before[0] + down.parts.get(part, 0) / clients, before[1] + up.parts.get(part, 0) / clients
         cost = self.meters.turn_cost(plan, sum(sizes), down.packed, up.packed)
         self.table.add(self.chain.stage(visit.round), visit.round, cost)
 
@@ -219,11 +231,16 @@ class _Prediction:
 
 
 class _Length(NamedTuple):
-    """Bytes of a message as serialised, and of its tensors alone."""
+    """Bytes of a message as serialised, of its tensors alone, and of these by part of the model."""
 
     packed: int
     content: int
+    parts: dict[str, int]
 
 
 def _length(message: Message) -> _Length:
-    return _Length(packed_length(message), sum(value.numel() * value.element_size() for value in message.values()))
+    parts: dict[str, int] = {}
+    for name, value in message.items():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + value.numel() * value.element_size()
+    return _Length(packed_length(message), sum(parts.values()), parts)

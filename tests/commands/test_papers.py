@@ -6,6 +6,7 @@ import pytest
 
 from featherlight.commands.cost import predict_config
 from featherlight.commands.paper_rule import GB, Rule
+from featherlight.fed_loop.predict import Parts
 
 PAPERS = Path(__file__).parent.parent.parent / "configs" / "papers"
 PRINTED = {"end_to_end": (586, 8.40), "layerwise": (139, 1.66), "progressive": (318, 5.04)}
@@ -27,6 +28,23 @@ def test_flops_and_traffic_are_the_papers(way: str) -> None:
 def test_the_worst_case_is_the_papers() -> None:
     _, traffic = Rule(path_of("layerwise")).totals(resend=True)
     assert traffic == pytest.approx(WORST_CASE, rel=0.01)
+
+
+@pytest.mark.parametrize(("way", "blocks"), [("layerwise_calibrated", 6.5 + 1), ("progressive_calibrated", 13)])
+def test_calibrated_traffic_of_the_encoder(way: str, blocks: float) -> None:
+    """The abstract's 3.2 and 1.8: all blocks of the stage down, those that trained up; embeddings and norm are half a percent."""
+    _, whole = Rule(path_of("end_to_end")).totals(only="backbone.")
+    _, traffic = Rule(path_of(way)).totals(only="backbone.")
+    assert whole / traffic == pytest.approx(24 / blocks, rel=0.01)
+
+
+def test_cost_tells_what_travels_of_each_part() -> None:
+    """Two rounds of the first stage: all of the encoder down and up in each."""
+    told: list[Parts] = []
+    predict_config(path_of("layerwise_calibrated"), ["--federation.rounds=2"], parts=told.append)
+    block, embeddings, norm = 4 * 444_864, 4 * 22_080, 4 * 384
+    assert told[0]["backbone"] == (2 * (block + embeddings + norm), 2 * (block + embeddings + norm))
+    assert set(told[0]) == {"backbone", "projector", "predictor"}
 
 
 def test_what_cost_predicts_is_the_rule_plus_what_the_rule_leaves_out() -> None:
