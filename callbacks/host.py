@@ -42,13 +42,18 @@ class PluginCallback(pl.Callback):
         seed: of all the method's draws; by default the one of ``seed_everything``, or 0.
 
     Raises:
-        TypeError: a plugin that changes nothing but what travels in a federation.
+        TypeError: a plugin that changes nothing but what travels, or happens on the server, in a federation.
         MisconfigurationException: (on fit) a strategy other than one device or DDP, a plugin that adds to the loss under manual
             optimization, two callbacks with different seeds, Lightning's weight averaging beside a plugin that adds parameters.
         ValueError: (on fit) a parameter that should train is in no optimizer; a checkpoint of a run with other arguments.
     """
 
     def __init__(self, plugin: Plugin, seed: int | None = None) -> None:
+        if overrides(plugin, "calibration"):
+            raise TypeError(
+                f"{type(plugin).__name__} trains on the server of a federation, and under a Trainer there is none: give it to "
+                "fed_loop.Federation, or leave it out"
+            )
         if overrides(plugin, "encode") and not any(overrides(plugin, verb) for verb in _IN_TRAINING):
             raise TypeError(
                 f"{type(plugin).__name__} changes what clients and server of a federation send each other, and under a Trainer nothing "

@@ -9,7 +9,7 @@ from torch import nn
 
 from featherlight.callbacks import DepthDropout, LayerFreezing, PluginCallback, ProgressiveGrowth
 from featherlight.callbacks.parallel import refuse_untested
-from featherlight.plugins import Plugin, Quantization
+from featherlight.plugins import Plugin, Quantization, ServerCalibration
 
 BLOCKS = {"blocks": "encoder.blocks.*"}
 
@@ -326,3 +326,5 @@ def test_an_evaluated_module_without_a_checkpoint_is_left_as_it_is(toy, loader, 
 def test_what_only_travels_is_refused():
     with pytest.raises(TypeError, match=r"Quantization changes what clients and server .* nothing travels: give it to fed_loop.Federation"):
         PluginCallback(Quantization())
+    with pytest.raises(TypeError, match="ServerCalibration trains on the server of a federation"):
+        PluginCallback(ServerCalibration())
