@@ -37,7 +37,7 @@ def run(command: str, arguments: list[str]) -> None:
     known, rest = _split(arguments)
     config = parse(parser, known)
     traffic: list[Traffic] = []
-    parts: dict[str, tuple[float, float]] = {}
+    parts: dict[str, tuple[int, int]] = {}
     table = predict_config(config.config, rest, traffic.append, parts.update)
     shown = [name for name in HEADINGS if name != "seconds"]
     Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))

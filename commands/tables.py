@@ -44,7 +44,7 @@ def compression_line(compression: Sequence[float]) -> str:
     return f"in the last round, tensors without names, beside the whole model: {down}× less down, {up}× less up, {both}× less both ways"
 
 
-def parts_line(parts: Mapping[str, tuple[float, float]]) -> str:
+def parts_line(parts: Mapping[str, tuple[int, int]]) -> str:
     """``… backbone 1.04GiB down, 317MiB up; projector …``"""
     told = (f"{name} {readable('bytes', down)} down, {readable('bytes', up)} up" for name, (down, up) in sorted(parts.items()))
     return f"over the run, tensors without names, a client in every round: {'; '.join(told)}"

@@ -50,7 +50,7 @@ class Traffic(NamedTuple):
         return 1 / down if down else inf, 1 / up if up else inf, 1 / both if both else inf
 
 
-Parts = Mapping[str, tuple[float, float]]
+Parts = Mapping[str, tuple[int, int]]
 """Tensors' bytes down and up by part of the model, a name's first component, of a client in every round, over the run."""
 
 
@@ -109,7 +109,7 @@ def _predict(
         prediction = _Prediction(settings, module, data, chain, blank, targets)
         table = prediction.rounds(progress)
         last_traffic(prediction.traffic)
-        parts(prediction.parts)
+        parts({part: (round(down), round(up)) for part, (down, up) in prediction.parts.items()})
         return table
     finally:
         chain.detach()
