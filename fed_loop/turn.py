@@ -82,6 +82,8 @@ class Clients:
         turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
         bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
+        trainee.chain.receive(visit)
+        plan = plan.beside(trainee.chain.copies())
         samples = self._steps(trainee, visit, batches, plan, turn)
         payload = self._send(trainee, plan, before, visit)
         update = unpack(payload, limit=len(payload))

@@ -4,23 +4,29 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.chain import Chain
 from featherlight.plugins.depth_dropout import DepthDropout
+from featherlight.plugins.fed_ema import FedEMA
 from featherlight.plugins.fetch_sgd import FetchSGD
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
+from featherlight.plugins.moon import MOON
 from featherlight.plugins.partition import Partition
 from featherlight.plugins.partitioned_training import PartitionedTraining
 from featherlight.plugins.present import held, trained
 from featherlight.plugins.prism import PrismSampling
 from featherlight.plugins.progressive_growth import ProgressiveGrowth
+from featherlight.plugins.proximal import Proximal
 from featherlight.plugins.quantization import Quantization
+from featherlight.plugins.representation_alignment import RepresentationAlignment
 from featherlight.plugins.targets import find_targets
 from featherlight.plugins.top_k import TopK
 
 __all__ = [
+    "MOON",
     "Chain",
     "Change",
     "Clock",
     "DepthDropout",
+    "FedEMA",
     "FetchSGD",
     "IntrinsicProjection",
     "LayerFreezing",
@@ -30,7 +36,9 @@ __all__ = [
     "Plugin",
     "PrismSampling",
     "ProgressiveGrowth",
+    "Proximal",
     "Quantization",
+    "RepresentationAlignment",
     "TopK",
     "Tower",
     "Visit",

@@ -10,14 +10,18 @@ import torch
 
 from featherlight.fed_loop import Federation, Momentum
 from featherlight.plugins import (
+    MOON,
     DepthDropout,
+    FedEMA,
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
     PrismSampling,
     ProgressiveGrowth,
+    Proximal,
     Quantization,
+    RepresentationAlignment,
     TopK,
 )
 
@@ -113,6 +117,21 @@ def lockstep(toys, settings):
     """Both parts train, step by step."""
     plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]
     return Federation(2, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+
+
+def held_near(toys, settings):
+    """All that holds a client near the server's model or its own last one, behind a prefix that freezes; a client rejected."""
+    through = ["stem", "blocks", "dropout", "head"]
+    data = toys.Points([10, 3, 14, 6])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [
+        FedEMA(of="blocks"),
+        LayerFreezing("blocks.*", periods_per_stage=2),
+        RepresentationAlignment(through=through),
+        MOON(through=through),
+        Proximal(0.1),
+    ]
+    return Federation(5, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
 
 
 def run(name, folder=None, devices=1, resume=False):
