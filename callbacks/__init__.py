@@ -8,6 +8,7 @@ from featherlight.callbacks.intrinsic import IntrinsicProjection
 from featherlight.callbacks.layer_freezing import LayerFreezing
 from featherlight.callbacks.prism import PrismSampling
 from featherlight.callbacks.progressive_growth import ProgressiveGrowth
+from featherlight.callbacks.representation_alignment import RepresentationAlignment
 
 __all__ = [
     "CostMonitor",
@@ -18,4 +19,5 @@ __all__ = [
     "PluginCallback",
     "PrismSampling",
     "ProgressiveGrowth",
+    "RepresentationAlignment",
 ]

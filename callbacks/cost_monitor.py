@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from featherlight.callbacks.host import stage_of
+from featherlight.callbacks.host import copies_of, stage_of
 from featherlight.plugins.cost_table import HEADINGS, CostTable, TurnCost, text_rows
 from featherlight.plugins.present import count, held, trained
 from featherlight.plugins.step_cost import StepCost, StepMeter, count_samples
@@ -93,7 +93,7 @@ class CostMonitor(pl.Callback):
         ready = self._warm or batch_idx + 1 == trainer.num_training_batches
         if ready and self._epoch.form not in self._measured:
             self._epoch.seconds += self._lap()
-            self._meter = StepMeter(pl_module, trainer.optimizers, batch)
+            self._meter = StepMeter(pl_module, trainer.optimizers, batch, copies_of(trainer))
             self._meter.__enter__()
             self._in_forward = True
 
@@ -146,7 +146,8 @@ class CostMonitor(pl.Callback):
         present, training = held(pl_module), trained(pl_module)
         names = "\n".join([*present, "", *training])
         form = blake2b(names.encode(), digest_size=8).hexdigest()
-        self._epoch = _Epoch(trainer.current_epoch, form, count(present), count(training), seconds=self._epoch.seconds)
+        params_held = count(present) + sum(value.numel() for value in copies_of(trainer))
+        self._epoch = _Epoch(trainer.current_epoch, form, params_held, count(training), seconds=self._epoch.seconds)
 
     def _close(self, trainer: pl.Trainer) -> TurnCost | None:
         """Put the epoch into the table, once."""

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from featherlight.callbacks import parallel, saved
 from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
@@ -42,7 +43,8 @@ class PluginCallback(pl.Callback):
         seed: of all the method's draws; by default the one of ``seed_everything``, or 0.
 
     Raises:
-        TypeError: a plugin that changes nothing but what travels, or happens on the server, in a federation.
+        TypeError: a plugin that changes nothing but what travels, or happens on the server, in a federation; one that needs its clients'
+            memory.
         MisconfigurationException: (on fit) a strategy other than one device or DDP, a plugin that adds to the loss under manual
             optimization, two callbacks with different seeds, Lightning's weight averaging beside a plugin that adds parameters.
         ValueError: (on fit) a parameter that should train is in no optimizer; a checkpoint of a run with other arguments.
@@ -58,6 +60,11 @@ class PluginCallback(pl.Callback):
             raise TypeError(
                 f"{type(plugin).__name__} changes what clients and server of a federation send each other, and under a Trainer nothing "
                 "travels: give it to fed_loop.Federation, or leave it out"
+            )
+        if overrides(plugin, "remember"):
+            raise TypeError(
+                f"{type(plugin).__name__} needs what a federation's clients remember from one of their turns to the next, which a Trainer "
+                "has not: give it to fed_loop.Federation, or leave it out"
             )
         self.plugin = plugin
         self.seed = seed
@@ -134,7 +141,10 @@ class PluginCallback(pl.Callback):
             torch.compiler.reset()  # a stage compiles anew; the compiler keeps 8 versions of a function and then goes on in eager mode
         optimizer_state.release(trainer.optimizers, change)
         optimizer_state.check_covered(pl_module, trainer.optimizers)
-        self._chain.visit(Visit(period, 0, common_seed(trainer)))
+        visit = Visit(period, 0, common_seed(trainer))
+        self._chain.visit(visit)
+        if not step:
+            self._chain.receive(visit)
         parallel.rewrap(trainer.strategy, pl_module)
         self._reached = period
 
@@ -192,6 +202,12 @@ def stage_of(trainer: pl.Trainer, epoch: int) -> int:
     """The stage, counted from 0, that ``epoch`` belongs to."""
     leading = leader(trainer)
     return 0 if leading is None or leading._chain is None else leading._chain.stage(epoch)
+
+
+def copies_of(trainer: pl.Trainer) -> list[Tensor]:
+    """Weights that plugins keep beside the model."""
+    leading = leader(trainer)
+    return [] if leading is None or leading._chain is None else list(leading._chain.copies())
 
 
 def common_seed(trainer: pl.Trainer) -> int:
@@ -286,4 +302,4 @@ def _add_to_loss(pl_module: pl.LightningModule, chain: Chain) -> Callable[[], No
     return undo
 
 
-__all__ = ["PluginCallback", "common_seed", "leader", "stage_of"]
+__all__ = ["PluginCallback", "common_seed", "copies_of", "leader", "stage_of"]

@@ -93,6 +93,6 @@ class LocalStep:
 
     def metered(self, module: nn.Module, optimizer: Optimizer, batch: Any, clock: Clock) -> tuple[Tensor, StepCost]:
         """As calling it; returns what the step cost, too."""
-        with StepMeter(module, [optimizer], batch) as meter:
+        with StepMeter(module, [optimizer], batch, self._chain.copies()) as meter:
             loss = self(module, optimizer, batch, clock, meter)
         return loss, meter.cost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ class Plan(NamedTuple):
     params_held: int
     params_trained: int
     structure: Hashable
+
+    def beside(self, copies: Sequence[Tensor]) -> Plan:
+        """The same turn, with ``copies`` of weights that plugins keep beside the model."""
+        shapes = tuple(tuple(value.shape) for value in copies)
+        held = self.params_held + sum(value.numel() for value in copies)
+        return self._replace(params_held=held, structure=(self.structure, shapes)) if copies else self
 
 
 def shareable(model: nn.Module, targets: dict[str, str]) -> dict[str, Tensor]:

@@ -141,6 +141,9 @@ class _Prediction:
         self._lengths: dict[Any, _Length] = {}
         self._lengths_up: dict[Any, _Length] = {}
         self._served: dict[Any, Served] = {}
+        self._memories: dict[int, Message] = {}
+        self._arrived: dict[Any, Plan] = {}
+        self._remembered: dict[Any, Message] = {}
 
     def rounds(self, progress: Callable[[int], None]) -> CostTable:
         settings = self.settings
@@ -190,10 +193,20 @@ class _Prediction:
             sizes = sizes[: steps_done(gone, len(sizes))]
         clear([trainee.raw_optimizer])
         trainee.module.zero_grad()
+        memory = self._memories.get(visit.client, {})
+        key = id(trainee), tuple(plan.received), tuple(plan.sent), tuple(memory)
+        arrived = key not in self._arrived
+        if arrived:
+            _arrive(trainee, visit, memory)
+            self._arrived[key] = plan.beside(trainee.chain.copies())
+        plan = self._arrived[key]
         model, first_is_taken = (trainee.module, trainee.raw_optimizer), False
         for step, samples in enumerate(sizes[:2]):
             if not self.meters.wants(plan.structure, step, samples):
                 continue
+            if not arrived:
+                _arrive(trainee, visit, memory)
+                arrived = True
             with warnings.catch_warnings(), refusal_told(trainee.module, visit.client, samples):
                 warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
                 if step and not first_is_taken:  # the second step finds what the first leaves
@@ -204,6 +217,10 @@ class _Prediction:
         names = self.ledger.to_send(visit.client, served.wanted, served.made)
         down = self._length({name: served.entries[name] for name in names})
         up = self._length_up(trainee, plan, visit) if gone is None else _Length(0, 0, {})
+        if self.chain.remembers and gone is None:
+            if key not in self._remembered:
+                self._remembered[key] = {name: value.detach().clone() for name, value in trainee.chain.remember(visit).items()}
+            self._memories[visit.client] = self._remembered[key]
         whole = sum(value.numel() * value.element_size() for value in plan.received.values())
         self.traffic = Traffic(*(total + part for total, part in zip(self.traffic, (whole, down.content, up.content))))
         for part in down.parts.keys() | up.parts.keys():
@@ -228,6 +245,12 @@ class _Prediction:
         if key not in self._lengths:
             self._lengths[key] = _length(message)
         return self._lengths[key]
+
+
+def _arrive(trainee: Trainee, visit: Visit, memory: Message) -> None:
+    """A turn begins, as a client's does that has received the model."""
+    trainee.chain.recall(memory, visit)
+    trainee.chain.receive(visit)
 
 
 class _Length(NamedTuple):

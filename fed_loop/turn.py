@@ -117,6 +117,8 @@ class Clients:
         turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
         bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
+        trainee.chain.receive(visit)
+        plan = plan.beside(trainee.chain.copies())
         samples = self._training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
         if not arrives:
             turn.rejected, turn.dropped_out = "", True

@@ -64,8 +64,9 @@ class Plugin:
     """A training method. Every verb does nothing unless overridden; override only what the method needs.
 
     A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
-    :meth:`visit`, and in every step :meth:`before_forward`, :meth:`extra_loss`, :meth:`after_backward` and
-    :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as evaluation wants it.
+    :meth:`visit` and, once the model holds what that client received, :meth:`receive`, and in every step :meth:`before_forward`,
+    :meth:`extra_loss`, :meth:`after_backward` and :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as
+    evaluation wants it.
 
     A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
     to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift`, for a
@@ -78,6 +79,9 @@ class Plugin:
     """Whether all clients must train the server's own module, none a smaller one that another method makes."""
     ordinary_server: ClassVar[bool] = True
     """Whether the server holds an ordinary model between rounds, whose weights others may change there."""
+
+    starts_elsewhere: ClassVar[bool] = False
+    """Whether :meth:`receive` moves the model away from what was received. Of a chain, such a plugin's turn comes after the others'."""
 
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
@@ -93,6 +97,15 @@ class Plugin:
 
     def visit(self, visit: Visit) -> None:
         """A client's turn begins: draw what this method draws once per client and round."""
+
+    def receive(self, visit: Visit) -> None:
+        """The model holds what this client received, momentum copies made (under a Trainer: what the epoch begins with). Copy what the
+        method needs of it, or move it to where the client is to start from. Not called where a run is resumed within a turn."""
+
+    def copies(self) -> Sequence[Tensor]:
+        """Weights that this method keeps beside the model while it trains: counted among what is held, and in a step's peak. They may
+        change at :meth:`receive`."""
+        return ()
 
     def before_forward(self, clock: Clock) -> None:
         """Put the model in its training form for one step."""

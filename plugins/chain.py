@@ -69,6 +69,13 @@ class Chain(Plugin):
         for plugin in self.plugins:
             plugin.visit(visit)
 
+    def receive(self, visit: Visit) -> None:
+        for plugin in sorted(self.plugins, key=lambda plugin: plugin.starts_elsewhere):  # in order, the moving ones last
+            plugin.receive(visit)
+
+    def copies(self) -> Sequence[Tensor]:
+        return [tensor for plugin in self.plugins for tensor in plugin.copies()]
+
     def before_forward(self, clock: Clock) -> None:
         for plugin in self.plugins:
             plugin.before_forward(clock)
@@ -118,7 +125,8 @@ class Chain(Plugin):
         Raises:
             ValueError: somebody would.
         """
-        verbs = ("advance", "visit", "before_forward", "narrow", "partition", "encode_down", "decode_down", "encode", "decode", "lift")
+        of_model = ("advance", "visit", "receive", "before_forward", "narrow", "partition")
+        verbs = (*of_model, "encode_down", "decode_down", "encode", "decode", "lift")
         for plugin in self.plugins:
             if plugin is not dividing and (changed := [verb for verb in verbs if overrides(plugin, verb)]):
                 raise ValueError(

@@ -43,6 +43,7 @@ class StepMeter:
     Args:
         model: whose parameters and buffers are not activations.
         optimizers: whose state counts towards the peak.
+        beside: weights that are there besides the model's.
 
     Example:
         >>> from torch import nn
@@ -57,11 +58,11 @@ class StepMeter:
 
     cost: StepCost
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), batch: Any = None) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), batch: Any = None, beside: Iterable[Tensor] = ()) -> None:
         self._stay = [*model.parameters(), *model.buffers()]
         before = [p.grad for p in model.parameters() if p.grad is not None]
         state = [value for optimizer in optimizers for entry in optimizer.state.values() for value in entry.values()]
-        self._alive = [*self._stay, *before, *state, *tree_leaves(batch)]
+        self._alive = [*self._stay, *beside, *before, *state, *tree_leaves(batch)]
         self._saved: dict[int, int] = {}
         self._forward_flops: int | None = None
         self._cuda = next((value.device for value in self._stay if value.is_cuda), None)

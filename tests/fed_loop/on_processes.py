@@ -10,14 +10,18 @@ import torch
 
 from featherlight.fed_loop import Federation, Momentum
 from featherlight.plugins import (
+    MOON,
     DepthDropout,
+    FedEMA,
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
     PrismSampling,
     ProgressiveGrowth,
+    Proximal,
     Quantization,
+    RepresentationAlignment,
     ServerCalibration,
     TopK,
 )
@@ -122,6 +126,21 @@ def calibrated(toys, settings):
     plugins = [LayerFreezing(**blocks, periods_per_stage=2), DepthDropout(**blocks), ServerCalibration()]
     data = toys.small_digits(num_clients=5, server_fraction=0.03)
     return Federation(4, cohort=4, dropout=0.3, seed=2, **settings), toys.small_ssl("byol"), data, plugins
+
+
+def held_near(toys, settings):
+    """All that holds a client near the server's model or its own last one, behind a prefix that freezes; a client rejected."""
+    through = ["stem", "blocks", "dropout", "head"]
+    data = toys.Points([10, 3, 14, 6])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [
+        FedEMA(of="blocks"),
+        LayerFreezing("blocks.*", periods_per_stage=2),
+        RepresentationAlignment(through=through),
+        MOON(through=through),
+        Proximal(0.1),
+    ]
+    return Federation(5, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
 
 
 def run(name, folder=None, devices=1, resume=False):

@@ -152,6 +152,7 @@ METHODS = {
     ],
     "progressive with warm-up": [("ProgressiveGrowth", {**BLOCKS, "warmup_periods": 1})],
     "progressive, dropout by batch": [("ProgressiveGrowth", BLOCKS), ("DepthDropout", {**BLOCKS, "every": "batch", "scale": True})],
+    "layer-wise, aligned": [("RepresentationAlignment", {}), ("LayerFreezing", BLOCKS)],
 }
 
 
