@@ -33,7 +33,19 @@ LAUNCHERS = {
         ("devices=2", ["growing"]),
         (
             "torchrun",
-            ["layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "replayed", "jointly", "lockstep"],
+            [
+                "layerwise",
+                "growing",
+                "sampled",
+                "turned",
+                "projected",
+                "remembered",
+                "sketched",
+                "replayed",
+                "jointly",
+                "queued",
+                "lockstep",
+            ],
         ),
     ],
 )
