@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,10 +99,17 @@ def _read(path: str) -> Mapping[str, Tensor]:
     except FileNotFoundError as error:
         raise ValueError(f"front_checkpoint={path} does not exist") from error
     except Exception as error:  # whatever damaged bytes make of an unpickler
-        raise ValueError(f"front_checkpoint={path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(f"front_checkpoint={path} cannot be read: {_reason(error)}") from error
     if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
         return state
     raise ValueError(f"front_checkpoint={path} holds no weights: give a Lightning checkpoint, a state_dict, or safetensors")
+
+
+def _reason(error: Exception) -> str:
+    """In our words where torch refuses what is no tensor: torch's own go on to say how to run it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no file of weights alone"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _safetensors(raw: bytes) -> dict[str, Tensor]:
