@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ def run(command: str, arguments: list[str]) -> None:
     Raises:
         ValueError: nothing to compare, or runs that failed; the comparison of the others is written first.
     """
+    arguments, options = for_all(arguments)
     parser = ArgumentParser(
         prog="featherlight compare",
-        description="Run each configuration and compare them. Writes comparison.json, comparison.csv and comparison.png.",
+        description="Run each configuration and compare them. Writes comparison.json, comparison.csv and comparison.png. "
+        "Options of the runs themselves, such as --federation.rounds 20, are given to all of them.",
         exit_on_error=False,
     )
     parser.add_argument("paths", nargs="+", help="YAML files, or folders of them")
@@ -48,10 +51,33 @@ def run(command: str, arguments: list[str]) -> None:
     out = Path(config.out) if config.out else folder_for(name, config.resume)
     if out.exists() and any(out.iterdir()) and not config.resume:
         raise ValueError(f"{out} is not empty; go on with it by --resume, or give another folder with --out")
-    runs = compare(files, out, config.resume, Console())
+    runs = compare(files, out, config.resume, Console(), options)
     if failed := [run for run in runs if "failed" in run]:
         names = ", ".join(run["name"] for run in failed)
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed ({names}); why is told above and in comparison.json")
+
+
+def for_all(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is the comparison's own of ``arguments``, and what is for every run: options with a dot in their name, as ``--name=value``.
+
+    Raises:
+        ValueError: one without a value, or one that all runs cannot share.
+    """
+    own: list[str] = []
+    options: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        name, given, value = argument.partition("=")
+        if not (name.startswith("--") and "." in name):
+            own.append(argument)
+            continue
+        if name == "--federation.folder":
+            raise ValueError(f"{name} is each run's own, below the comparison's: give that with --out")
+        value = value if given else next(left, "")
+        if not value or (not given and value.startswith("--")):
+            raise ValueError(f"{name} has no value; what is for all runs is written --section.name value")
+        options.append(f"{name}={value}")
+    return own, options
 
 
 def find(paths: list[str]) -> list[Path]:
@@ -74,23 +100,26 @@ def find(paths: list[str]) -> list[Path]:
     return files
 
 
-def compare(files: list[Path], out: Path, resume: bool, console: Console) -> list[dict[str, Any]]:
+def compare(files: list[Path], out: Path, resume: bool, console: Console, options: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Run ``files`` one after the other, each in a folder of its own below ``out``, and write the comparison.
+
+    Args:
+        options: ``--name=value``, over what all files say.
 
     Returns:
         An entry a run, as in ``comparison.json``; that of a run that failed says why in ``failed``, and has no metrics.
     """
     for file in files:
-        _finished(file, out / file.stem, resume)  # changed since? say so before the first run starts
+        _finished(file, out / file.stem, resume, options)  # changed since? say so before the first run starts
     runs = []
     for number, file in enumerate(files, 1):
         console.print(f"[bold]{number}/{len(files)} {file.stem}")
         try:
-            runs.append(_one(file, out / file.stem, resume))
+            runs.append(_one(file, out / file.stem, resume, options))
         except Exception as error:
             if not expected(error):
                 raise
-            runs.append(_failed(file, out / file.stem, error))
+            runs.append(_failed(file, out / file.stem, error, options))
             console.print(f"[red]{file.stem} failed[/]: {escape(runs[-1]['failed'])}", highlight=False)
     content = {"runs": runs}
     write_text(out / "comparison.json", json.dumps(content, indent=2))
@@ -105,35 +134,36 @@ def compare(files: list[Path], out: Path, resume: bool, console: Console) -> lis
     return runs
 
 
-def _one(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
-    if (kept := _finished(file, folder, resume)) is not None:
+def _one(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any]:
+    if (kept := _finished(file, folder, resume, options)) is not None:
         return kept
     told: dict[str, Any]
-    if _processes(file) not in (1, "1", None):
-        told = _in_a_process_of_its_own(file, folder, resume)
+    if _processes(file, options) not in (1, "1", None):
+        told = _in_a_process_of_its_own(file, folder, resume, options)
     elif is_federated(file):
         from featherlight.commands.federate import check_learned, federate
 
-        result, _, _ = federate(["-c", str(file), f"--federation.folder={folder}"], resume=resume)
+        result, _, _ = federate(["-c", str(file), *options, f"--federation.folder={folder}"], resume=resume)
         check_learned(result.turns, result.rejected)
         told = {"cost": result.cost.total(), "metrics": result.metrics, "turns": result.turns, "rejected": result.rejected}
     else:
         from featherlight.commands.lightning_run import fit
 
-        cost, metrics = fit(["-c", str(file)], folder, resume)
+        cost, metrics = fit(["-c", str(file), *options], folder, resume)
         told = {"cost": cost, "metrics": metrics}
-    entry = {**_identity(file), **told}
+    entry = {**_identity(file, options), **told}
     write_text(folder / "run.json", json.dumps(entry, indent=2))
     return entry
 
 
-def _identity(file: Path) -> dict[str, Any]:
-    return {"name": file.stem, "config": str(file), "digest": _digest(file)}
+def _identity(file: Path, options: Sequence[str]) -> dict[str, Any]:
+    more = {"options": list(options)} if options else {}
+    return {"name": file.stem, "config": str(file), "digest": _digest(file, options), **more}
 
 
-def _failed(file: Path, folder: Path, error: Exception) -> dict[str, Any]:
+def _failed(file: Path, folder: Path, error: Exception, options: Sequence[str]) -> dict[str, Any]:
     """The entry of a run that failed: what it had measured by then, and why. It is not kept as finished."""
-    entry = {**_identity(file), "cost": {}, "metrics": {}, "failed": one_line(error)}
+    entry = {**_identity(file, options), "cost": {}, "metrics": {}, "failed": one_line(error)}
     for name, take in (("cost.json", lambda told: {"cost": told["total"]}), ("result.json", _counts)):
         with suppress(OSError, ValueError, KeyError):
             entry |= take(json.loads((folder / name).read_text()))
@@ -144,13 +174,14 @@ def _counts(told: dict[str, Any]) -> dict[str, Any]:
     return {name: told[name] for name in ("turns", "rejected")}
 
 
-def _processes(file: Path) -> object:
-    """How many processes the configuration asks for."""
+def _processes(file: Path, options: Sequence[str]) -> object:
+    """How many processes the run asks for."""
+    given = [option.partition("=")[2] for option in options if option.startswith(("--federation.devices=", "--trainer.devices="))]
     content = yaml.safe_load(file.read_text())
-    return (content.get("federation") or content.get("trainer") or {}).get("devices")
+    return given[-1] if given else (content.get("federation") or content.get("trainer") or {}).get("devices")
 
 
-def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> dict[str, Any]:
+def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any]:
     """A run that starts further processes starts its own command again in them: that must be this run, not the comparison.
 
     Raises:
@@ -160,7 +191,7 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> dict[str
         raise ValueError(f"{file} trains on several devices; run it with featherlight fit, compare takes one device for a Trainer")
     from featherlight.commands.federate import check_learned
 
-    command = [sys.executable, "-m", "featherlight", "federate", "-c", str(file), f"--federation.folder={folder}"]
+    command = [sys.executable, "-m", "featherlight", "federate", "-c", str(file), *options, f"--federation.folder={folder}"]
     done = subprocess.run([*command, *(["--resume"] if resume else [])], check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
@@ -174,11 +205,11 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool) -> dict[str
     return {"cost": cost, "metrics": metrics, **_counts(result)}
 
 
-def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:
+def _finished(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any] | None:
     """What a finished run of ``file`` left in ``folder``, when resuming.
 
     Raises:
-        ValueError: the file has changed since, or ``run.json`` cannot be read.
+        ValueError: the file or the options have changed since, or ``run.json`` cannot be read.
     """
     path = folder / "run.json"
     if not (resume and path.exists()):
@@ -188,14 +219,16 @@ def _finished(file: Path, folder: Path, resume: bool) -> dict[str, Any] | None:
         digest = entry.get("digest")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove {folder} to run {file} again") from error
-    if digest != _digest(file):
-        raise ValueError(f"{file} has changed since it ran; remove {folder} to run it again, or compare into another folder with --out")
+    if digest != _digest(file, options):
+        before = " ".join(entry.get("options", []))
+        changed = "has changed since it ran" if before == " ".join(options) else f"ran with other options ({before or 'none'})"
+        raise ValueError(f"{file} {changed}; remove {folder} to run it again, or compare into another folder with --out")
     return entry
 
 
-def _digest(file: Path) -> str:
-    """A fingerprint of a configuration's text."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+def _digest(file: Path, options: Sequence[str]) -> str:
+    """A fingerprint of a configuration's text, and of what is said over it."""
+    return hashlib.blake2b(file.read_bytes() + "\n".join(options).encode(), digest_size=8).hexdigest()
 
 
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:

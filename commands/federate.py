@@ -49,7 +49,10 @@ def check_learned(turns: int, rejected: int) -> None:
         ValueError: every update was rejected.
     """
     if turns and rejected == turns:
-        raise ValueError(f"all {turns} updates were rejected, so nothing was learned: lower the learning rate, or clip gradients")
+        raise ValueError(
+            f"all {turns} updates were rejected, so nothing was learned; why is told above "
+            "(where a loss was not finite: lower the learning rate, or clip gradients)"
+        )
 
 
 def federate(arguments: list[str], resume: bool = False, folder: Path | None = None) -> tuple[Result, Path | None, bool]:

@@ -105,7 +105,7 @@ def _predict(
     targets = find_targets(module)
     chain.attach(module)
     try:
-        check_partition(settings, chain.partition(Clock(0, 0)))
+        check_partition(settings, chain.partition(Clock(0, 0)), module, data)
         prediction = _Prediction(settings, module, data, chain, blank, targets)
         table = prediction.rounds(progress)
         last_traffic(prediction.traffic)

@@ -8,6 +8,8 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
 from featherlight.fed_loop.aggregate import Mean
 from featherlight.fed_loop.cohort import dropouts, sample, steps_done
 from featherlight.fed_loop.ledger import Ledger
@@ -63,7 +65,8 @@ class RoundKinds:
         Raises:
             ValueError: settings that do not go with the kind.
         """
-        check_partition(self._settings, self._trainees.own.chain.partition(Clock(0, 0)))
+        own = self._trainees.own
+        check_partition(self._settings, own.chain.partition(Clock(0, 0)), own.module, self._data)
 
     @cached_property
     def _whole(self) -> RoundKind:
@@ -78,16 +81,22 @@ class RoundKinds:
         return StoredRounds(self._processes, self._trainees.own, self._data, self._settings.local_epochs)
 
 
-def check_partition(settings: Federation, partition: Partition | None) -> None:
-    """Refuse settings that a divided model cannot have.
+def check_partition(settings: Federation, partition: Partition | None, module: nn.Module, data: Any) -> None:
+    """Refuse settings that a divided model cannot have, and a model whose queues several trainers would fill.
 
     Raises:
-        ValueError: clients are to drop out, or gradients to be clipped whose norm nobody has.
+        ValueError: clients are to drop out, or gradients to be clipped whose norm nobody has; a mean would be taken of what has none.
     """
     if partition is not None and settings.dropout:
         raise ValueError(f"dropout={settings.dropout}: where device and server divide the model, nobody drops out: leave it out")
     if partition is not None and partition.buffer is None and settings.clip is not None:
         raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
+    queues = getattr(module, "queues", ())
+    if queues and data.num_clients > 1 and not (partition is not None and partition.joint):
+        raise ValueError(
+            f'{type(module).__name__} pushes to "{queues[0]}" in every step, and of several clients\' queues there is no mean: have one '
+            "server part train on all clients' activations (a divided model with joint=True), or make the model without (queue_size=0)"
+        )
 
 
 class _Whole:

@@ -160,12 +160,15 @@ class StoredRounds:
     # -- the server -------------------------------------------------------------------------------------------------
     def _alone(self, partition: Partition, visit: Visit, message: bytes, server: Message, turn: Turn) -> Message:
         """A copy of the rear, trained on one client's activations; nothing where all train one."""
+        assert partition.buffer is not None
+        if len(message) > partition.buffer.limit:
+            turn.rejected = f"its activations take {len(message)} bytes, and all there is for them is buffer_bytes={partition.buffer.limit}"
+            return {}
         try:
             stored = self._read(partition, message)
         except ValueError as error:
             turn.rejected = str(error)
             return {}
-        assert partition.buffer is not None
         age = 0
         if partition.devices_work:
             self._arrived[visit.client] = message

@@ -29,7 +29,9 @@ class PartitionedTraining(Plugin):
 
     What leaves a device: the activations at the cut of every sample, from which much of an image can be reconstructed where the cut is near
     to the input, and, where the loss needs them, its labels. Federated averaging sends neither. Choose this to save devices traffic
-    and work, not for privacy.
+    and work, not for privacy. Measured (``python benchmarks/ecofed_reconstruction.py``): from 8 bits behind VGG-11's second convolution, a
+    server with images of its own sees digits of 16 px at a PSNR of 28 dB and an SSIM of 0.96; at 4 bits it is the same, behind the fourth
+    convolution 22 dB and 0.88, and 14 dB and 0.50 for the mean image.
 
     - ``way="replay"`` is EcoFed (arXiv 2304.05495): the front, trained beforehand, is frozen for ever. Every ``replay_period``-th round,
       devices send quantised activations of all their data, once; in the others they are idle, and the server trains on what it has kept.
@@ -37,22 +39,25 @@ class PartitionedTraining(Plugin):
     - ``way="split"`` is SplitFed (arXiv 2004.12088): in every step activations go up and their gradient comes down; both parts train.
     - ``way="local_loss"``: a small head on the device trains the front (the mean over places and a linear layer), so that no gradient
       comes down.
+    - ``way="classic"`` divides nothing: federated averaging from the same front, to compare.
 
     For federations only. Self-supervised models take part as they are; replay has no fresh views of an image, so have several ``draws``
     sent.
 
     Args:
         cut: path of the last block of the front.
-        way: ``"replay"``, ``"split"`` or ``"local_loss"``.
+        way: ``"replay"``, ``"split"``, ``"local_loss"`` or ``"classic"``.
         replay_period: rounds from one in which devices send to the next (2 in EcoFed).
         bits: of an activation on the wire: 2 to 8, or 32 for float32; by default 8 for replay, 32 for the others.
         signed: whether activations may be negative; without, ReLU's are sent with twice the resolution.
         buffer_bytes: what the server keeps at most; the oldest goes.
         buffer: ``"memory"``, or a folder on disk.
         draws: passes over its data, freshly augmented, that a device sends; rounds of training take turns with them.
-        joint: train one rear on all clients' batches together, in place of one for each.
+        joint: train one rear on all clients' batches together, in place of one for each. A model with a queue of keys (``MoCoV3``'s
+            ``queue_size``) then has one for all clients, as in MocoSFL (Li et al., ICLR 2023), and can be trained in no other way.
         front_checkpoint: the front's weights: a Lightning checkpoint (of ``featherlight fit``, say), a federation's, a state_dict, or
-            safetensors; by default those that the model has, such as ``pretrained`` ones.
+            safetensors; or an address, such as torchvision publishes weights at, which is downloaded once; by default those that the model
+            has, such as ``pretrained`` ones. Names may stand below another prefix, or, in order, be other ones for the same layers.
         labels: send labels; by default where a batch has one view.
         classes: outputs of the device's own head (``"local_loss"``); by default the model's ``num_classes``.
         stem, tail: what comes before and behind the cut block, where the order in which the model registers its modules does not say so.
@@ -66,7 +71,7 @@ class PartitionedTraining(Plugin):
     def __init__(
         self,
         cut: str,
-        way: Literal["replay", "split", "local_loss"] = "replay",
+        way: Literal["replay", "split", "local_loss", "classic"] = "replay",
         replay_period: int = 2,
         bits: int | None = None,
         signed: bool = True,
@@ -80,8 +85,8 @@ class PartitionedTraining(Plugin):
         stem: Sequence[str] | None = None,
         tail: Sequence[str] | None = None,
     ) -> None:
-        if way not in ("replay", "split", "local_loss"):
-            raise ValueError(f"way={way!r} is not known; use 'replay', 'split' or 'local_loss'")
+        if way not in ("replay", "split", "local_loss", "classic"):
+            raise ValueError(f"way={way!r} is not known; use 'replay', 'split', 'local_loss' or 'classic'")
         for name, value in (("replay_period", replay_period), ("draws", draws)):
             if value < 1:
                 raise ValueError(f"{name}={value}: give 1 or more")
@@ -104,6 +109,8 @@ class PartitionedTraining(Plugin):
             load_front(self.front_checkpoint, {name: value for name, value in held(model).items() if self._cut.has(name)})
         if self.way == "local_loss":
             model.add_module(HEAD, self._head(model))
+        if self.way == "classic":
+            self._cut.remove()
 
     def advance(self, clock: Clock) -> Change:
         if self.way != "replay":
@@ -126,7 +133,9 @@ class PartitionedTraining(Plugin):
         if self.way == "local_loss":
             delattr(self._model, HEAD)
 
-    def partition(self, clock: Clock) -> Partition:
+    def partition(self, clock: Clock) -> Partition | None:
+        if self.way == "classic":
+            return None
         if self.way == "replay":
             work = clock.period % self.replay_period == 0
             return Partition(self._cut, self._codec, self._buffer, work, self.draws, self.joint, labels=self.labels)

@@ -27,6 +27,8 @@ class ReplayBuffer:
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         if limit < 1:
             raise ValueError(f"buffer_bytes={limit}: give 1 or more")
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f'buffer="{folder}" is a file: give a folder, or "memory"')
         self.limit = limit
         self._folder = folder
         self._index: dict[int, tuple[int, int]] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featherlight.ssl_models.backbones import make_backbone as make_backbone
     from featherlight.ssl_models.byol import BYOL as BYOL
+    from featherlight.ssl_models.classifier import Accuracy as Accuracy
     from featherlight.ssl_models.classifier import Classifier as Classifier
     from featherlight.ssl_models.classifier import accuracy as accuracy
     from featherlight.ssl_models.data import ImageData as ImageData
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from featherlight.ssl_models.text import TextData as TextData
 
 _HOME = {
+    "Accuracy": "classifier",
     "BYOL": "byol",
     "Classifier": "classifier",
     "Dirichlet": "partitions",

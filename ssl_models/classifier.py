@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from featherlight.ssl_models.learner import Learner
+from featherlight.ssl_models.probes import Probe, ProbeData
 
 
 class Classifier(Learner):
@@ -77,3 +78,17 @@ def accuracy(module: Any, data: Any) -> dict[str, float]:
             right += int((module.logits(x.to(device)).argmax(1).cpu() == labels.cpu()).sum())
             total += len(labels)
     return {"accuracy": right / total}
+
+
+class Accuracy(Probe):
+    """:func:`accuracy` for configurations, which list judges under ``probes``: of a classifier as it was trained, nothing is fitted.
+
+    Raises:
+        ValueError: the model names no class.
+    """
+
+    def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
+        """``{"accuracy": the share of test images whose class is named}``."""
+        if not hasattr(module, "logits"):
+            raise ValueError(f"{type(module).__name__} names no class that Accuracy could count: judge its features, by KNN or LinearProbe")
+        return accuracy(module, data)

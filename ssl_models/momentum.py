@@ -46,7 +46,13 @@ class MomentumSSL(SelfSupervised):
             target1 = self.projector_target(self.backbone_target(x1))
         online0 = self.predictor(self.projector(self.features(x0)))
         online1 = self.predictor(self.projector(self.features(x1)))
-        return self.pair_loss(online0, target1) + self.pair_loss(online1, target0)
+        loss = self.pair_loss(online0, target1) + self.pair_loss(online1, target0)
+        if self.training:
+            self.keep(torch.cat([target0, target1]))
+        return loss
+
+    def keep(self, targets: Tensor) -> None:
+        """What stays of a training batch's targets, ``(2N, output_dim)``, for later batches: nothing."""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own step, then the target's: once an optimizer step, whatever is accumulated."""

@@ -114,6 +114,13 @@ def jointly(toys, settings):
     return Federation(4, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
+def queued(toys, settings):
+    """The same with keys of all clients in one queue."""
+    plugins = [PartitionedTraining("backbone.blocks.0", joint=True)]
+    module = toys.small_ssl("mocov3", depth=2, queue_size=50)
+    return Federation(3, cohort=3, seed=3, **settings), module, toys.small_digits(), plugins
+
+
 def lockstep(toys, settings):
     """Both parts train, step by step."""
     plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]

@@ -63,6 +63,19 @@ def test_split_of_a_self_supervised_model_is_ordinary_training(method, ssl, digi
     same(parts.state_dict(), whole.state_dict())
 
 
+# -- classic -------------------------------------------------------------------------------------------------------------
+def test_classic_is_federated_averaging_from_the_same_front(net, points, federation, same, tmp_path):
+    torch.save(net(seed=7).state_dict(), tmp_path / "front.pt")
+    plain, parts = net(), net()
+    for part in ("stem", "blocks.0", "blocks.1"):
+        plain.get_submodule(part).load_state_dict(net(seed=7).get_submodule(part).state_dict())
+    one = federation(2, cohort=2).run(plain, points([10, 14, 6]))
+    plugin = divided(way="classic", front_checkpoint=str(tmp_path / "front.pt"))
+    other = federation(2, cohort=2).run(parts, points([10, 14, 6]), [plugin])
+    same(parts.state_dict(), plain.state_dict())
+    assert [row["bytes_up"] for row in other.history] == [row["bytes_up"] for row in one.history]
+
+
 # -- local loss ----------------------------------------------------------------------------------------------------------
 def test_local_loss_is_two_trainings_by_hand(net, points, federation):
     """The front by its own head; the rear on the front's outputs, without a gradient to it."""
@@ -218,6 +231,14 @@ def test_the_buffer_is_bounded(where, net, points, federation, tmp_path):
     assert [row["clients"] for row in result.history] == [2, 1]
     if where == "disk":
         assert [path.name for path in (tmp_path / "buffer").iterdir()] == ["client-000001.safetensors"]
+
+
+def test_what_the_buffer_can_never_hold_is_rejected_and_says_how_much_it_takes(net, points, federation, capsys):
+    size = federation(1).run(net(), points([8]), [divided()]).history[0]["stored_bytes"]
+    result = federation(1).run(net(), points([8]), [divided(buffer_bytes=size - 1)])
+    assert (result.history[0]["rejected"], result.history[0]["stored_clients"]) == (1, 0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"its activations take {size} bytes, and all there is for them is buffer_bytes={size - 1}" in told
 
 
 @pytest.mark.parametrize("way", ["replay", "split"])

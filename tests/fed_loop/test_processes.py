@@ -35,7 +35,7 @@ LAUNCHERS = {
             "torchrun",
             [
                 *("layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "held_near"),
-                *("replayed", "jointly", "lockstep", "calibrated"),
+                *("replayed", "jointly", "queued", "lockstep", "calibrated"),
             ],
         ),
     ],

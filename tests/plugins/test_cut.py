@@ -1,8 +1,7 @@
-"""A model in two parts: each computes what it should and nothing else; the front's weights from files."""
+"""A model in two parts: each computes what it should and nothing else."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from featherlight.plugins import Chain, Clock, DepthDropout, IntrinsicProjection, LayerFreezing, PartitionedTraining, PrismSampling
@@ -177,7 +176,7 @@ def test_what_changes_the_model_or_what_travels_is_refused_beside_it(other):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"way": "other"}, "way='other' is not known; use 'replay', 'split' or 'local_loss'"),
+        ({"way": "other"}, "way='other' is not known; use 'replay', 'split', 'local_loss' or 'classic'"),
         ({"replay_period": 0}, "replay_period=0: give 1 or more"),
         ({"way": "split", "draws": 2}, "way='split' keeps nothing on the server"),
         ({"buffer_bytes": 0}, "buffer_bytes=0: give 1 or more"),
@@ -186,44 +185,3 @@ def test_what_changes_the_model_or_what_travels_is_refused_beside_it(other):
 def test_arguments_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         PartitionedTraining("blocks.1", **arguments)
-
-
-# -- the front's weights ------------------------------------------------------------------------------------------------
-WRITE = {
-    "lightning.ckpt": lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),
-    "round-000001.ckpt": lambda state, path: torch.save({"server": state, "round": 1}, path),
-    "plain.pt": torch.save,
-    "weights.safetensors": save_file,
-}
-
-
-@pytest.mark.parametrize("name", WRITE)
-def test_the_front_comes_from_a_file(name, tmp_path):
-    pretrained, model = Net(), Net()
-    rear = model.blocks[2].weight.clone()
-    WRITE[name]({**pretrained.state_dict(), "blocks.2.weight": torch.zeros(9)}, tmp_path / name)  # another rear: it is not looked at
-    PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(model)
-    assert torch.equal(model.blocks[0].weight, pretrained.blocks[0].weight)
-    assert torch.equal(model.blocks[2].weight, rear)
-
-
-class Malicious:
-    def __reduce__(self):
-        return print, ("code",)
-
-
-def test_files_that_are_no_front(tmp_path, capsys):
-    torch.save({"state_dict": {"blocks.0.weight": torch.ones(6, 4)}}, tmp_path / "half.ckpt")
-    torch.save({"state_dict": {"blocks.0.weight": torch.ones(6, 9), "blocks.0.bias": torch.ones(6)}}, tmp_path / "other.ckpt")
-    torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    for name, message in (
-        ("half.ckpt", 'half.ckpt has no "blocks.0.bias"'),
-        ("other.ckpt", r'other.ckpt has "blocks.0.weight" of shape \(6, 9\), needed is \(6, 4\)'),
-        ("bad.ckpt", "bad.ckpt cannot be read"),
-        ("cut.safetensors", "cut.safetensors cannot be read"),
-        ("none.ckpt", "none.ckpt does not exist"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(Net())
-    assert "code" not in capsys.readouterr().out

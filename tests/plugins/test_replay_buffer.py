@@ -45,3 +45,9 @@ def test_its_content_is_its_state(make):
     assert (again.clients, again.round_of(1), again.get(1), again.get(0)) == ([0, 1], 4, bytes(range(20)), b"x")
     buffer.load_state_dict(state)  # over its own
     assert buffer.get(1) == bytes(range(20))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r'buffer=".*file" is a file: give a folder, or "memory"'):
+        ReplayBuffer(10, tmp_path / "file")

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from lightly.loss import NTXentLoss
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from featherlight.ssl_models import BYOL, MoCoV3, SimCLR
 from featherlight.ssl_models.moco_v3 import info_nce
@@ -65,6 +67,32 @@ def test_moco_loss_is_the_loop_over_queries_and_keys(scale_by_2tau: bool) -> Non
             all_keys = [math.exp(dot(queries[i], key) / 0.2) for key in keys]
             expected -= math.log(all_keys[i] / sum(all_keys)) / 5
     assert loss.item() == pytest.approx(expected * (2 * 0.2 if scale_by_2tau else 1), rel=1e-5)
+
+
+def test_a_queue_gives_the_negatives_as_in_lightlys_loss() -> None:
+    theirs = NTXentLoss(temperature=0.2, memory_bank_size=(7, 16))
+    queries, keys = torch.randn(2, 5, 16)
+    torch.testing.assert_close(info_nce(queries, keys, 0.2, theirs.memory_bank.bank.clone()), theirs(queries, keys))
+
+
+def test_the_queue_holds_the_newest_keys_of_training() -> None:
+    model = small(MoCoV3, queue_size=12)
+    before = model.queue.clone()
+    assert torch.allclose(before.norm(dim=1), torch.ones(12))
+    x0, x1 = torch.randn(2, 5, 1, 8, 8)
+    model.eval()
+    model.view_loss(x0, x1)
+    assert torch.equal(model.queue, before)
+    model.train()
+    model.view_loss(x0, x1).backward()
+    with torch.no_grad():
+        keys = torch.cat([model.projector_target(model.backbone_target(x)) for x in (x0, x1)])
+    torch.testing.assert_close(model.queue[:10], normalize(keys, dim=1))
+    assert torch.equal(model.queue[10:], before[:2])
+    assert "queue" in model.state_dict()
+    assert "queue" not in small(MoCoV3).state_dict()
+    with pytest.raises(ValueError, match="queue_size=-1: give how many keys are kept"):
+        small(MoCoV3, queue_size=-1)
 
 
 def test_info_nce_is_not_ntxent() -> None:

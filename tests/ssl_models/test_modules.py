@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from featherlight.ssl_models import BYOL, Classifier, MoCoV3, SimCLR, accuracy
+from featherlight.ssl_models import BYOL, Accuracy, Classifier, MoCoV3, SimCLR, accuracy
 from featherlight.ssl_models.backbones import fixed_size
 from featherlight.ssl_models.learner import Learner
 from featherlight.ssl_models.ssl import SelfSupervised
@@ -370,4 +370,6 @@ def test_accuracy_is_the_share_of_test_images_that_are_named():
         def probe_data(self):
             return [], [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2]), torch.tensor([2]))]
 
-    assert accuracy(Named(), Tested()) == {"accuracy": 0.75}
+    assert accuracy(Named(), Tested()) == {"accuracy": 0.75} == Accuracy()(Named(), Tested())
+    with pytest.raises(ValueError, match="Linear names no class that Accuracy could count: judge its features, by KNN or LinearProbe"):
+        Accuracy()(nn.Linear(2, 3), Tested())
