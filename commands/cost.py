@@ -28,7 +28,9 @@ def run(command: str, arguments: list[str]) -> None:
         "Other options (such as --federation.rounds 10) override the file, as they do for federate or fit.",
         exit_on_error=False,
     )
-    parser.add_argument("-c", "--config", required=True, help="a YAML file, as federate or fit takes it")
+    parser.add_argument(
+        "-c", "--config", required=True, action="append", help="a YAML file, as federate or fit takes it; several are merged, the last wins"
+    )
     parser.add_argument("--json", type=str, default=None, help="write rows and total to this file, too")
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
@@ -38,7 +40,7 @@ def run(command: str, arguments: list[str]) -> None:
     traffic: list[Traffic] = []
     table = predict_config(config.config, rest, traffic.append)
     shown = [name for name in HEADINGS if name != "seconds"]
-    Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
+    Console().print(cost_table(table, f"{', '.join(config.config)}: cost of one client in one round, by stage; total over the run", shown))
     if table.server is not None:
         Console().print(server_table(table.server, shown))
     for last in traffic:
@@ -48,16 +50,22 @@ def run(command: str, arguments: list[str]) -> None:
         write_text(Path(config.json), json.dumps(_predicted(table), indent=2))
 
 
-def predict_config(path: str, arguments: list[str], last_traffic: Callable[[Traffic], None] = lambda traffic: None) -> CostTable:
-    """The predicted cost table of a configuration file, federated or for a Trainer; ``last_traffic`` is told of a last round."""
+def predict_config(
+    paths: str | list[str], arguments: list[str], last_traffic: Callable[[Traffic], None] = lambda traffic: None
+) -> CostTable:
+    """The predicted cost table of a configuration (a file, or several to merge), federated or for a Trainer; ``last_traffic`` is told of
+    a last round."""
     from featherlight.fed_loop.predict import predict
 
-    if not is_federated(path):
+    paths = [paths] if isinstance(paths, str) else paths
+    arguments = [*(word for path in paths for word in ("-c", path)), *arguments]
+    federated = [is_federated(path) for path in paths]  # each is read: one that is not there is told of
+    if not any(federated):
         from featherlight.commands.lightning_run import predict_fit
 
-        return predict_fit(["-c", path, *arguments])
+        return predict_fit(arguments)
     parser = federated_parser()
-    parts = Parts(parser, parse(parser, ["-c", path, *arguments]))
+    parts = Parts(parser, parse(parser, arguments))
     federation = parts.federation()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=federation.rounds)

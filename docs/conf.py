@@ -15,4 +15,3 @@ python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-suppress_warnings = ["myst.xref_missing"]
