@@ -57,7 +57,7 @@ def predict_config(
     a last round."""
     from featherlight.fed_loop.predict import predict
 
-    paths = [paths] if isinstance(paths, str) else paths
+    paths = paths if isinstance(paths, list) else [paths]
     arguments = [*(word for path in paths for word in ("-c", path)), *arguments]
     federated = [is_federated(path) for path in paths]  # each is read: one that is not there is told of
     if not any(federated):

@@ -85,8 +85,9 @@ def digits() -> ImageData:
 def federated(names: tuple[str, ...], data: Any) -> str:
     """Two rounds of a federation with plugins in this order: nothing, or why they are refused."""
     settings = Federation(2, checkpoint_every=0, progress=False, accelerator="cpu")
+    chain = [make(name) for name in names]  # what a constructor refuses is an error of this script's
     try:
-        result = settings.run(Small(), data, [make(name) for name in names])
+        result = settings.run(Small(), data, chain)
     except REFUSALS as error:
         return str(error)
     return f"{result.rejected} updates rejected" if result.rejected else ""
@@ -95,10 +96,10 @@ def federated(names: tuple[str, ...], data: Any) -> str:
 def under_a_trainer(names: tuple[str, ...], data: Any) -> str:
     """Two epochs under a Trainer with callbacks in this order: nothing, or why they are refused."""
     model = Small()
+    members: list[pl.Callback] = [make(name, callbacks) for name in names]
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     try:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = pl.Trainer(accelerator="cpu", max_epochs=2, callbacks=[make(name, callbacks) for name in names], **quiet)  # type: ignore[arg-type]
-        trainer.fit(model, data)
+        pl.Trainer(accelerator="cpu", max_epochs=2, callbacks=members, **quiet).fit(model, data)
     except REFUSALS as error:
         return str(error)
     return "" if all(value.isfinite().all() for value in model.state_dict().values()) else "what it trained is not finite"

@@ -24,6 +24,7 @@ from featherlight import callbacks, cli, plugins
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
+    "cost": ["--federation.rounds=3"],
     "federate": ["--federation.rounds=2", "--federation.local_epochs=1", "--data.limit_train=96", "--data.num_clients=2", "--probes=[]"],
     "fit": ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.limit_train=192", "--probes=[]"],
 }
