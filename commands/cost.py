@@ -29,7 +29,9 @@ def run(command: str, arguments: list[str]) -> None:
         "Other options (such as --federation.rounds 10) override the file, as they do for federate or fit.",
         exit_on_error=False,
     )
-    parser.add_argument("-c", "--config", required=True, help="a YAML file, as federate or fit takes it")
+    parser.add_argument(
+        "-c", "--config", required=True, action="append", help="a YAML file, as federate or fit takes it; several are merged, the last wins"
+    )
     parser.add_argument("--json", type=str, default=None, help="write rows and total to this file, too")
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
@@ -40,7 +42,7 @@ def run(command: str, arguments: list[str]) -> None:
     parts: dict[str, tuple[int, int]] = {}
     table = predict_config(config.config, rest, traffic.append, parts.update)
     shown = [name for name in HEADINGS if name != "seconds"]
-    Console().print(cost_table(table, f"{config.config}: cost of one client in one round, by stage; total over the run", shown))
+    Console().print(cost_table(table, f"{', '.join(config.config)}: cost of one client in one round, by stage; total over the run", shown))
     if table.server is not None:
         Console().print(server_table(table.server, shown))
     for last in traffic:
@@ -54,21 +56,24 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def predict_config(
-    path: str,
+    paths: str | list[str],
     arguments: list[str],
     last_traffic: Callable[[Traffic], None] = lambda traffic: None,
     parts: Callable[[Parts], None] = lambda parts: None,
 ) -> CostTable:
-    """The predicted cost table of a configuration file, federated or for a Trainer; ``last_traffic`` is told of a last round, ``parts`` of
-    what travels of each part of the model."""
+    """The predicted cost table of a configuration (a file, or several to merge), federated or for a Trainer; ``last_traffic`` is told of
+    a last round, ``parts`` of what travels of each part of the model."""
     from featherlight.fed_loop.predict import predict
 
-    if not is_federated(path):
+    paths = paths if isinstance(paths, list) else [paths]
+    arguments = [*(word for path in paths for word in ("-c", path)), *arguments]
+    federated = [is_federated(path) for path in paths]  # each is read: one that is not there is told of
+    if not any(federated):
         from featherlight.commands.lightning_run import predict_fit
 
-        return predict_fit(["-c", path, *arguments])
+        return predict_fit(arguments)
     parser = federated_parser()
-    config = Configured(parser, parse(parser, ["-c", path, *arguments]))
+    config = Configured(parser, parse(parser, arguments))
     federation = config.federation()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=federation.rounds)

@@ -40,8 +40,11 @@ def make_adapters(newest: Sequence[nn.Module]) -> nn.ModuleDict:
 
 
 def width_of(block: nn.Module) -> int | None:
-    """Channels of what ``block`` puts out, read off its last layer that has a width; None where no layer has one."""
-    return _last_width(block, ("num_features", "out_channels", "out_features"))
+    """Channels of what ``block`` puts out, read off its last layer that has a width; None where no layer has one.
+
+    GPT-2's linear layers, transformers' ``Conv1D``, call their widths ``nx`` and ``nf``.
+    """
+    return _last_width(block, ("num_features", "out_channels", "out_features", "nf"))
 
 
 def _last_width(block: nn.Module, attributes: Sequence[str]) -> int | None:
@@ -74,8 +77,8 @@ def keeps_shape(block: nn.Module) -> bool:
             if any(step != 1 for step in module.stride) or not _pads_fully(module):
                 return False
             first = first if first is not None else module.in_channels
-        elif isinstance(module, nn.Linear) and first is None:
-            first = module.in_features
+        elif first is None:
+            first = module.in_features if isinstance(module, nn.Linear) else getattr(module, "nx", None)
     return first is not None and first == width_of(block)
 
 

@@ -73,7 +73,7 @@ def restore(block: nn.Module) -> None:
     """Give ``block`` its own class back and clear every mark."""
     if isinstance(block, Bypass):
         block.__class__ = type(block).__mro__[2]  # [Bypassable…, Bypass, own]
-    for mark in ("_bypassed_by", "_absent_for", "_active", "_frozen", "_skippable", "_residual_scale", "_instead", "_shared"):
+    for mark in ("_bypassed_by", "_absent_for", "_active", "_staged", "_frozen", "_skippable", "_residual_scale", "_instead", "_shared"):
         block.__dict__.pop(mark, None)
 
 

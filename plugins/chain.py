@@ -110,7 +110,21 @@ class Chain(Plugin):
             raise ValueError(
                 f"{needing} needs clients that train the same parameters, and {narrowing} gives them smaller modules: leave one out"
             )
+        if modules and (early := self._coding_before_narrowing()):
+            raise ValueError(
+                f"{early[0]} changes what travels, and stands before {early[1]}, which takes layers apart: put {early[1]} first"
+            )
         return modules[0] if modules else None
+
+    def _coding_before_narrowing(self) -> tuple[str, str] | None:
+        """A plugin that encodes, and the one behind it that makes smaller modules: it could not read its own entries on arrival."""
+        coding = None
+        for plugin in self.plugins:
+            if overrides(plugin, "narrow"):
+                return (coding, type(plugin).__name__) if coding else None
+            if any(overrides(plugin, verb) for verb in ("encode", "decode", "encode_down", "decode_down")):
+                coding = coding or type(plugin).__name__
+        return None
 
     def partition(self, clock: Clock) -> Partition | None:
         for plugin in self.plugins:

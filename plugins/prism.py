@@ -120,6 +120,8 @@ class PrismSampling(Plugin):
         self._forget()
         self._model = model
         self._small = sampled_layers(model)
+        if self._small and self._in_place:
+            raise ValueError("PrismSampling stands twice among the plugins: leave one of them out")
         if self._small:  # a client's: what the server's instance made
             self._mark(self._small)
             return

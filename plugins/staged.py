@@ -37,7 +37,7 @@ class Staged(Plugin):
             frozen blocks in eval mode draw random numbers, or what follows the blocks looks at several of them.
 
     Raises:
-        ValueError: on attach, when blocks are not found or stages and blocks do not add up.
+        ValueError: on attach, when blocks are not found, stages and blocks do not add up, or another plugin stages these blocks.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Staged(Plugin):
     def attach(self, model: nn.Module) -> None:
         self._model = model
         self._tower = find_blocks(model, self.blocks, self.stem, self.tail)
+        self._refuse_a_second()
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)
         pairs = [(self._tower.moved(online, online), self._tower.moved(online, target)) for target, online in targets.items()]
         self._pairs = [(leader, follower) for leader, follower in pairs if leader is not None and follower is not None]
@@ -97,6 +98,7 @@ class Staged(Plugin):
         for tower in (self._tower, *self._followers):
             for block in tower.blocks:
                 make_bypassable(block, skippable=self.grow)
+                block._staged = type(self).__name__  # type: ignore[assignment]
         if self.grow and self.adapters == "auto":
             newest = [tower_blocks[-1] for tower_blocks in self._by_group(self._tower)]
             self._adapters = make_adapters(newest)
@@ -160,6 +162,15 @@ class Staged(Plugin):
         size = next((place for place, block in enumerate(blocks) if not block._frozen), len(blocks))  # type: ignore[union-attr]
         copies = [follower for _, follower in self._pairs]
         return [SharedPrefix([tower.blocks[:size] for tower in (self._tower, *copies)])] if size and copies else []
+
+    def _refuse_a_second(self) -> None:
+        """Of two schedules over the same blocks the later one would win in part."""
+        for index, path in enumerate(self._tower.paths):
+            around = [*self._tower.enclosing(index), *self._tower.blocks[index].modules()]
+            if other := next((module._staged for module in around if "_staged" in vars(module)), None):
+                raise ValueError(
+                    f'{other} has a schedule for block "{path}" already, so {type(self).__name__} cannot have one: leave one out'
+                )
 
     def _cut(self, n_blocks: int) -> list[int]:
         """Number of blocks of each group."""

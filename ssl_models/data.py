@@ -37,8 +37,8 @@ class ImageData(ClientStreams, LightningDataModule):
 
     Args:
         dataset: ``digits`` (scikit-learn's, no download), ``cifar10``, ``cifar100``, or ``folder``: any folder of images, laid out as
-            root/train/CLASS/* and root/test/CLASS/*, or root/CLASS/*; for the natural partition root/train/CLIENT/CLASS/* or
-            root/train/CLIENT/*.
+            ``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*``; for the natural partition
+            ``root/train/CLIENT/CLASS/*`` or ``root/train/CLIENT/*``.
         root: folder of the data; not needed for digits.
         download: fetch cifar10 and cifar100 into root where they are not there.
         image_size: resize images to this many pixels each way; None keeps them as they are.

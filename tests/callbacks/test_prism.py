@@ -361,3 +361,9 @@ def test_a_run_that_diverged_says_so(grouped, loader, make_trainer):
 
     with pytest.raises(ValueError, match=r'layer "encoder\.blocks\.0\.0" is not finite.*: training diverged; lower the learning rate'):
         make_trainer(PrismSampling(keep=0.5)).fit(Diverges(encoder=GroupNormed), loader)
+
+
+def test_twice_is_refused(make_trainer, toy, loader):
+    """Both would decay the same factors."""
+    with pytest.raises(ValueError, match="PrismSampling stands twice among the plugins"):
+        make_trainer(PrismSampling(keep=0.5), PrismSampling(keep=0.5)).fit(toy(), loader)

@@ -114,6 +114,17 @@ def test_cost_predicts_what_federate_measures(config: Path) -> None:
         assert ours == theirs  # a prediction has no seconds
 
 
+def test_cost_merges_files_of_which_the_last_wins(config: Path) -> None:
+    Path("one_round.yaml").write_text("federation:\n  rounds: 1\nplugins: []\n")
+    Path("plugins.yaml").write_text("plugins:\n- {class_path: Quantization}\n")
+    assert run("cost", "-c", config, "-c", "one_round.yaml", "--json", "whole.json") == 0
+    assert run("cost", "-c", config, "-c", "one_round.yaml", "-c", "plugins.yaml", "--json", "coded.json") == 0
+    whole, coded = (json.loads(Path(name).read_text())["total"] for name in ("whole.json", "coded.json"))
+    assert whole["rounds"] == coded["rounds"] == 1
+    assert coded["bytes_up"] < whole["bytes_up"] / 2
+    assert coded["bytes_down"] == whole["bytes_down"]
+
+
 def test_cost_of_published_data_needs_no_pictures(config: Path) -> None:
     config.write_text(config.read_text().replace("digits", "cifar10, root: nowhere").replace("image_size: 8", "image_size: 32"))
     config.write_text(config.read_text().replace("in_channels: 1", "in_channels: 3"))

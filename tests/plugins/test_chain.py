@@ -174,3 +174,17 @@ def test_what_is_no_plugin_is_refused():
 
 def test_a_chain_describes_each_plugins_arguments_in_order(chain):
     assert chain.describe() == {"0.Recorder": {"number": 1}, "1.Recorder": {"number": 2}, "2.Recorder": {"number": 3}}
+
+
+def test_a_codec_before_what_makes_smaller_modules_is_refused():
+    class Narrowing(Plugin):
+        def narrow(self, visit):
+            return nn.Linear(1, 1)
+
+    class Coding(Plugin):
+        def encode(self, message, visit):
+            return message
+
+    with pytest.raises(ValueError, match=r"Coding changes what travels, and stands before Narrowing.*put Narrowing first"):
+        Chain([Coding(), Narrowing()]).narrow(Visit(0))
+    assert Chain([Narrowing(), Coding()]).narrow(Visit(0)) is not None

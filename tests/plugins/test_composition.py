@@ -200,3 +200,14 @@ def test_detaching_the_chain_leaves_an_ordinary_model(kind, method, build, make_
     assert not left_out(model, "")
     assert held(model).keys() == model.state_dict().keys()
     assert all(p.requires_grad != name.startswith("target.") for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("second", [["layer1", "layer2"], ["layer2.0", "layer2.1"]], ids=["the same", "inside"])
+def test_blocks_have_one_schedule(second, make_small_resnet):
+    model = make_small_resnet()
+    with pytest.raises(ValueError, match=r'LayerFreezing has a schedule for block "layer\d.*so ProgressiveGrowth cannot have one'):
+        Chain([LayerFreezing(blocks="layer*"), ProgressiveGrowth(blocks=second)]).attach(model)
+    other = Chain([LayerFreezing(blocks=["layer1", "layer2"], adapters="none"), ProgressiveGrowth(blocks=["layer3", "layer4"])])
+    other.attach(model)  # the refused chain left nothing behind, and other blocks may have another schedule
+    other.detach()
+    assert not any("_staged" in vars(module) for module in model.modules())

@@ -344,3 +344,17 @@ def test_mistakes_are_answered(arguments, says):
 def test_blocks_that_identity_cannot_replace_are_answered_with_finer_ones(make_resnet):
     with pytest.raises(ValueError, match=r"none of the blocks layer2, layer3, layer4 keeps .*'backbone\.layer\*\.\*' for the residual"):
         attached(make_resnet(), blocks="layer[234]")
+
+
+def test_blocks_of_hugging_faces_gpt2_can_be_left_out():
+    """Their linear layers are transformers' own Conv1D."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=3, n_head=2, n_positions=8, vocab_size=16))
+    plugin = DepthDropout("h.*", rate=0.5)
+    plugin.attach(model)
+    plugin.visit(Visit(0))
+    (dropped,) = [index for index in range(3) if not any(name.startswith(f"h.{index}.") for name in held(model))]
+    assert dropped < 2
+    with_all = model(torch.arange(4)[None]).last_hidden_state
+    plugin.before_forward(Clock(0))
+    assert not torch.equal(model(torch.arange(4)[None]).last_hidden_state, with_all)

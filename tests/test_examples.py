@@ -1,0 +1,78 @@
+"""The examples run as they are started, in a small size, and what they print was saved."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WAYS = ("LayerFreezing", "LayerFreezing + DepthDropout", "ProgressiveGrowth", "DepthDropout", "IntrinsicProjection")
+SMALL = ["--image_size", "32", "--batch_size", "2", "--steps", "1", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as ``python examples/NAME.py ARGUMENTS`` does; its totals by way, and the names in its table."""
+
+    def go(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        totals = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+        return totals, capsys.readouterr().out
+
+    return go
+
+
+def less(totals, way, figure):
+    return totals[way][figure] < totals["as it is"][figure]
+
+
+def test_resnet50_on_a_folder_of_pictures(run, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cat/1.png", "dog/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+    totals, told = run("resnet50", "--data", tmp_path, *SMALL, "--ways", "LayerFreezing")
+    assert less(totals, "LayerFreezing", "mean_saved_bytes")
+    assert less(totals, "LayerFreezing", "flops_backward")
+    assert "LayerFreezing" in told
+    assert "x less" in told
+
+
+def test_timm_vit(run):
+    way = "LayerFreezing + DepthDropout"
+    totals, _ = run("timm_vit", *SMALL, "--ways", way)
+    assert totals.keys() == {"as it is", way}
+    assert all(less(totals, way, figure) for figure in ("params_trained", "saved_bytes", "mean_saved_bytes", "flops_forward"))
+
+
+def test_hugging_face_gpt2_in_every_way(run, tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 2)
+    totals, told = run("hugging_face_gpt2", *SMALL, "--text", tmp_path / "text", "--width", 32, "--context", 64)
+    assert totals.keys() == {"as it is", *WAYS}
+    assert all(less(totals, way, "flops_forward") for way in WAYS[:-1])
+    projected, whole = totals["IntrinsicProjection"], totals["as it is"]
+    assert projected["flops_forward"] == whole["flops_forward"]
+    assert projected["flops_backward"] > whole["flops_backward"]  # Fastfood's products count, too
+    assert all(line.count("x less") == 5 for line in told.splitlines() if line.startswith(("Layer", "Prog", "Depth", "Prism", "Intr")))
+
+
+def test_lightly_simclr(run):
+    totals, _ = run("lightly_simclr", *SMALL, "--ways", "PrismSampling", "--epochs", 1)
+    assert less(totals, "PrismSampling", "params_trained")
+    assert less(totals, "PrismSampling", "flops_forward")
+
+
+def test_lightly_byol(run):
+    totals, _ = run("lightly_byol", *SMALL, "--ways", "ProgressiveGrowth")
+    assert less(totals, "ProgressiveGrowth", "flops_forward")
+    assert totals["ProgressiveGrowth"]["params_held"] == totals["as it is"]["params_held"]  # the last stage is the whole model
+
+
+def test_every_example_is_run_here():
+    text = Path(__file__).read_text()
+    for script in EXAMPLES.glob("*.py"):
+        assert f'run("{script.stem}"' in text or script.stem == "shared"
