@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace, way: str, alpha: float | None, seed: int)
             "image_size": arguments.size,
             "optimizer": "sgd",
             "lr": arguments.lr,
+            "optimizer_momentum": arguments.momentum,
             "weight_decay": 5e-4,
             "schedule": "cosine",
             "periods": arguments.rounds,
@@ -144,6 +145,7 @@ def main() -> None:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=0.006)
+    parser.add_argument("--momentum", type=float, default=0.9, help="of clients' SGD")
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
