@@ -2,7 +2,8 @@
 
     python benchmarks/ecofed_accuracy.py --data FOLDER                     FOLDER/train/CLASS/*.jpg, FOLDER/test/CLASS/*.jpg
     python benchmarks/ecofed_accuracy.py --data FOLDER --ways "vanilla split" EcoFed "EcoFed, 4 bits" "EcoFed, every 4th round"
-    python benchmarks/ecofed_accuracy.py --data FOLDER --images 40000 --pretrain 10000 --clients 100 --cohort 20 --rounds 500 --size 32
+    python benchmarks/ecofed_accuracy.py --data FOLDER --images 40000 --pretrain 10000 --clients 100 --cohort 20 --rounds 500 --size 32 \\
+        --width 64                                                         the paper's size, which wants a GPU
 
 The front is trained by SimCLR on --pretrain images of the training part, without their labels; clients share --images others. All ways
 start from it, classic and vanilla train it further. IID, and --shards of the images sorted by label for each client. The goal: EcoFed
@@ -64,13 +65,21 @@ def halves(folder: str, images: int, pretrain: int, seed: int, out: Path) -> tup
     return pre, own
 
 
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the backbone is built with."""
+    return {"width": arguments.width} if arguments.backbone == "vgg11" else {}
+
+
 def front(arguments: argparse.Namespace, pre: Path, seed: int) -> Path:
     """A checkpoint of SimCLR on the images set aside for it; its labels are not looked at."""
-    settings = (arguments.backbone, arguments.size, arguments.pretrain, arguments.pretrain_epochs, seed)
+    settings = (arguments.backbone, arguments.width, arguments.size, arguments.pretrain, arguments.pretrain_epochs, seed)
     path = arguments.out.parent / ("front-" + "-".join(map(str, settings)) + ".pt")
     if not path.exists():
         torch.manual_seed(seed)
-        model = SimCLR(arguments.backbone, image_size=arguments.size, hidden_dim=256, output_dim=64, temperature=0.5, lr=1e-3)
+        model = SimCLR(
+            arguments.backbone, image_size=arguments.size, backbone_options=options(arguments), hidden_dim=256, output_dim=64,
+            temperature=0.5, lr=1e-3,
+        )  # fmt: skip
         data = ImageData("folder", root=str(pre), image_size=arguments.size, batch_size=128, seed=seed)
         data.setup("fit")
         Federation(arguments.pretrain_epochs, seed=seed, accelerator=arguments.accelerator, checkpoint_every=0).run(model, data)
@@ -83,7 +92,14 @@ def run(arguments: argparse.Namespace, way: str, shards: int | None, seed: int) 
     pre, own = halves(arguments.data, arguments.images, arguments.pretrain, seed, arguments.out.parent)
     weights = front(arguments, pre, seed)
     torch.manual_seed(seed)
-    model = Classifier(arguments.backbone, image_size=arguments.size, optimizer="sgd", lr=arguments.lr, weight_decay=0.0)
+    model = Classifier(
+        arguments.backbone,
+        image_size=arguments.size,
+        backbone_options=options(arguments),
+        optimizer="sgd",
+        lr=arguments.lr,
+        weight_decay=0.0,
+    )
     loading = PartitionedTraining(CUT, front_checkpoint=str(weights))  # whatever the way
     loading.attach(model)
     loading.detach()
@@ -92,8 +108,8 @@ def run(arguments: argparse.Namespace, way: str, shards: int | None, seed: int) 
         partition=IID() if shards is None else Shards(shards), seed=seed, drop_last=True,
     )  # fmt: skip
     data.setup("fit")
-    options = WAYS[way]
-    plugins: list[Plugin] = [] if options is None else [PartitionedTraining(CUT, **options)]
+    split = WAYS[way]
+    plugins: list[Plugin] = [] if split is None else [PartitionedTraining(CUT, **split)]
     federation = Federation(
         arguments.rounds, arguments.cohort, arguments.epochs, seed=seed, accelerator=arguments.accelerator, checkpoint_every=0
     )
@@ -113,7 +129,17 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=FOUR, help="the first is what the others are compared with")
     parser.add_argument("--out", type=Path, default=Path("runs/ecofed_accuracy/runs.jsonl"))
     parser.add_argument("--backbone", choices=("vgg11", "resnet9_basic"), default="vgg11")
-    sizes = {"size": 16, "images": 4000, "pretrain": 4000, "pretrain-epochs": 10, "clients": 20, "cohort": 5, "rounds": 40, "epochs": 1}
+    sizes = {
+        "width": 32,
+        "size": 16,
+        "images": 4000,
+        "pretrain": 4000,
+        "pretrain-epochs": 10,
+        "clients": 20,
+        "cohort": 5,
+        "rounds": 40,
+        "epochs": 1,
+    }
     for name, value in {**sizes, "batch": 10, "shards": 5, "seeds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=0.01)

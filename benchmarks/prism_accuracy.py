@@ -9,7 +9,8 @@ The paper (arXiv 2208.13141): about 2 points below the full model, ResNet-18, κ
 slicing is HeteroFL's fixed prefix of every layer's channels (arXiv 2010.01264), here at half the width, so a quarter of the parameters: no
 less than PriSM holds at 0.2. Where all clients are small, nobody trains the rest of its model: "slice" figures are of the part that
 was trained, which is FedAvg of a narrower network. Group norm throughout: with batch norm, running statistics of sub-models are not
-those of the model they make up. Finished runs are kept in --out and not run again.
+those of the model they make up. "untrained" is what random weights are worth, by the same judges. Finished runs are
+kept in --out and not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from featherlight.plugins import Message, Plugin, PrismSampling, Visit
 from featherlight.ssl_models import KNN, Classifier, ImageData, LinearProbe, SimCLR, accuracy
 from featherlight.ssl_models.partitions import IID, Dirichlet
 
-WAYS = ("full model", "PriSM 0.2", "PriSM 0.2, rows", "PriSM 0.2, random start", "width slicing")
+WAYS = ("full model", "PriSM 0.2", "PriSM 0.2, rows", "PriSM 0.2, random start", "width slicing", "untrained")
 
 
 class WidthSlicing(Plugin):
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace, way: str, alpha: float | None, seed: int)
             "image_size": arguments.size,
             "optimizer": "sgd",
             "lr": arguments.lr,
+            "optimizer_momentum": arguments.momentum,
             "weight_decay": 5e-4,
             "schedule": "cosine",
             "periods": arguments.rounds,
@@ -110,11 +112,14 @@ def run(arguments: argparse.Namespace, way: str, alpha: float | None, seed: int)
         "PriSM 0.2, random start": [PrismSampling(**sampling | {"principal_start": False})],
         "width slicing": [WidthSlicing(lambda: make(arguments.width // 2))],
     }
+    evaluators: list[Any] = [accuracy] if supervised else [KNN(), LinearProbe()]
+    model = make(arguments.width)
+    if way == "untrained":
+        figures = {name: value for one in evaluators for name, value in one(model.eval(), data).items()}
+        return {"metrics": figures, "held": 0, "saved": 0, "bytes": 0, "coverage": None}
     federation = Federation(
         arguments.rounds, arguments.cohort, arguments.epochs, seed=seed, clip=5.0, accelerator=arguments.accelerator, checkpoint_every=0
     )
-    evaluators: list[Any] = [accuracy] if supervised else [KNN(), LinearProbe()]
-    model = make(arguments.width)
     result = federation.run(model, data, plugins[way], evaluators)
     total = result.cost.total()
     figures = dict(result.metrics)
@@ -144,6 +149,7 @@ def main() -> None:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=0.006)
+    parser.add_argument("--momentum", type=float, default=0.9, help="of clients' SGD")
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()

@@ -245,19 +245,20 @@ class VGG11(nn.Module):
         in_channels: channels of an image.
         fully_connected: keep the two hidden layers of 4,096 of the classifier, on 512×2×2. With a linear layer for 10
             classes this is the network of 34.4 M parameters that EcoFed trains.
+        width: channels of the first convolution; the others have up to eight times as many.
     """
 
-    def __init__(self, image_size: int, in_channels: int, fully_connected: bool = False) -> None:
+    def __init__(self, image_size: int, in_channels: int, fully_connected: bool = False, width: int = 64) -> None:
         super().__init__()
-        widths = (64, 128, 256, 256, 512, 512, 512, 512)
+        widths = tuple(times * width for times in (1, 2, 4, 4, 8, 8, 8, 8))
         pooled = (True, True, False, True, False, True, False, False)
         inputs = (in_channels, *widths[:-1])
         self.blocks = nn.Sequential(*(ConvBlock(*layer, bias=True) for layer in zip(inputs, widths, pooled)))
         self.pool = nn.AdaptiveAvgPool2d(2 if fully_connected else 1)
         self.fc = nn.Sequential()
-        self.feature_dim = 512
+        self.feature_dim = 8 * width
         if fully_connected:
-            self.fc = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(True), nn.Linear(4096, 4096), nn.ReLU(True))
+            self.fc = nn.Sequential(nn.Linear(32 * width, 4096), nn.ReLU(True), nn.Linear(4096, 4096), nn.ReLU(True))
             self.feature_dim = 4096
 
     def forward(self, x: Tensor) -> Tensor:
