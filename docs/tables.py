@@ -30,8 +30,10 @@ PAGES = Path(__file__).parent
 NEEDED: dict[str, dict[str, Any]] = {
     "FetchSGD": {"columns": 32, "k": 8},
     "IntrinsicProjection": {"dim": 16, "known_start": True},
+    "MOON": {"through": ("norm", "head")},
     "PartitionedTraining": {"cut": "blocks.0"},
     "PrismSampling": {"keep": 0.5},
+    "RepresentationAlignment": {"through": ("norm", "head")},
     "TopK": {"share": 0.1},
 }
 """Arguments that a method does not do without, or not on a model this small; the others take their defaults."""
@@ -75,8 +77,8 @@ def make(name: str, where: Any = plugins, **options: Any) -> Any:
 
 
 def digits() -> ImageData:
-    """Two clients with two batches of four digits each."""
-    data = ImageData("digits", views=1, augment="none", limit_train=16, batch_size=4, num_clients=2)
+    """Two clients with two batches of four digits each, and four digits of the server's."""
+    data = ImageData("digits", views=1, augment="none", limit_train=20, batch_size=4, num_clients=2, server_fraction=0.2)
     data.setup("fit")
     return data
 
