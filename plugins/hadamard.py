@@ -54,7 +54,8 @@ def full_precision() -> Iterator[None]:
     try:
         allowed = torch.get_float32_matmul_precision()
     except RuntimeError:  # the user has set it in the way that torch 2.9 brought, beside which the older one is refused
-        kinds: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        backends: Any = torch.backends
+        kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
         before = [kind.fp32_precision for kind in kinds]
         for kind in kinds:
             kind.fp32_precision = "ieee"

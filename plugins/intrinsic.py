@@ -203,7 +203,7 @@ class IntrinsicProjection(Plugin):
             apart = {f"{PREFIX}.{name}@{visit.round}": whole[name] for name in message if name in absent}
             return message | start | apart | {name: value if name in latest else value.new_zeros(0) for name, value in vectors.items()}
         if now >= model:
-            return message | start | {name: vector for name, vector in vectors.items() if name in kept}
+            return message | {name: value for name, value in (start | vectors).items() if name in kept}
         return rest | start | vectors
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
