@@ -29,7 +29,8 @@ class IntrinsicProjection(Plugin):
     Which gain and learning rate: a projected change is γ·√(D/d) as long as the change. The default γ = √(d/D) keeps its length, so begin
     with the full model's rate η. In ``space="subspace"`` and under a Trainer only the product γ·η matters to plain SGD; in
     ``space="gradient"`` local steps are whole ones and want η itself, and γ alone says how far their change carries. Tune γ over
-    decades between d/D and 1: where training is stable, larger is better (``python benchmarks/intrinsic_gain.py`` shows how much).
+    decades between d/D and 1: where training is stable, larger is better. ``python benchmarks/intrinsic_gain.py``, digits with d = 300 of
+    55,210 at lr 0.3: 40.7 % with d/D, 85.5 % with √(d/D), diverged with 0.3; full model 93.6 %.
 
     The server's step must be the plain average; its momentum is this plugin's. What is no parameter (running statistics) travels as it
     is. The optimizer's weight decay draws towards 0, of which the part in the subspace is what moves: set it to 0 where θ₀ is worth
