@@ -23,7 +23,7 @@ from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
 from featherlight.plugins.base import overrides
 from featherlight.plugins.present import count, held
 
-_IN_TRAINING = ("advance", "before_forward", "extra_loss", "after_backward", "after_step")
+_IN_TRAINING = ("advance", "before_forward", "extra_loss", "after_backward", "after_update", "after_step")
 _FAR = 2**31  # a period that no run reaches: its stage is the last
 
 
@@ -34,7 +34,7 @@ class PluginCallback(pl.Callback):
     The plugin is attached after ``configure_model`` and before ``configure_optimizers``, so that optimizers see every parameter, and
     detached when training ends, by success or by exception: the module has its whole depth again then, blocks included that training
     did not reach (a fit that ends so warns). A plugin's ``after_backward`` comes before each optimizer step, when accumulated
-    gradients are complete and unscaled.
+    gradients are complete and unscaled, its ``after_update`` at the end of the optimizer's own ``step``.
     A checkpoint is evaluated (``trainer.test(ckpt_path=…)``) at the stage in which it was written; its ``state_dict`` has the module's own
     keys and no others.
 
@@ -123,6 +123,7 @@ class PluginCallback(pl.Callback):
         self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._follow_steps(trainer)
         if trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs:  # a run resumed at its end begins nothing
             self._begin(trainer, pl_module)  # here, too: a run resumed within an epoch gets no on_train_epoch_start
 
@@ -159,6 +160,16 @@ class PluginCallback(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._chain is not None and self._clock is not None:  # after accumulation and unscaling, before clipping
             self._chain.after_backward(self._clock)
+
+    def _follow_steps(self, trainer: pl.Trainer) -> None:
+        """Let plugins have their say within each optimizer's step: whatever moves after it sees where parameters have come to rest."""
+
+        def updated(*_: Any) -> None:
+            if self._chain is not None and self._clock is not None:
+                self._chain.after_update(self._clock)
+
+        if self._chain is not None:
+            self._undo += [optimizer.register_step_post_hook(updated).remove for optimizer in trainer.optimizers]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end_step()

@@ -85,6 +85,7 @@ class LocalStep:
         if self._clip is not None:
             self._clip(module, optimizer)
         optimizer.step()
+        self._chain.after_update(clock)
         hook = getattr(module, "after_optimizer_step", None)  # where our SSL modules move their targets
         if hook is not None:
             hook()

@@ -78,13 +78,30 @@ def predict(
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
             module = _precision(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _predict(settings, module.to_empty(device="cpu"), data, plugins, progress, last_traffic, parts)
+            return _predict(settings, _with_memory(module), data, plugins, progress, last_traffic, parts)
     except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError) as error:
         warnings.warn(
             f"something's shape depends on values ({error}), so real steps are metered, which takes time and memory", stacklevel=2
         )
         module = _precision(settings).convert_module(make_module())
         return _predict(settings, module, data, plugins, progress, last_traffic, parts)
+
+
+def _with_memory(module: nn.Module) -> nn.Module:
+    """``module`` off the meta device. What was one tensor under several names is so again: moving gives each name its own."""
+    homes: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    kept: list[Any] = []  # alive, so that an id stands for one tensor
+    for owner in module.modules():
+        for own in (owner._parameters, owner._buffers):
+            for name, value in own.items():
+                if value is not None:
+                    kept.append(value)
+                    homes.setdefault(id(value), []).append((own, name))
+    module.to_empty(device="cpu")
+    for (first, name), *others in homes.values():
+        for own, alias in others:
+            own[alias] = first[name]
+    return module
 
 
 def _precision(settings: Federation) -> Precision:

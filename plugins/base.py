@@ -65,8 +65,8 @@ class Plugin:
 
     A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
     :meth:`visit` and, once the model holds what that client received, :meth:`receive`, and in every step :meth:`before_forward`,
-    :meth:`extra_loss`, :meth:`after_backward` and :meth:`after_step`; :meth:`detach` at the end. Between steps the model is as
-    evaluation wants it.
+    :meth:`extra_loss`, :meth:`after_backward`, :meth:`after_update` and :meth:`after_step`; :meth:`detach` at the end. Between steps the
+    model is as evaluation wants it.
 
     A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
     to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift`, for a
@@ -116,6 +116,10 @@ class Plugin:
 
     def after_backward(self, clock: Clock) -> None:
         """Gradients are complete and not yet applied."""
+
+    def after_update(self, clock: Clock) -> None:
+        """The optimizer has moved the parameters, and nothing that follows them (a module's momentum copies) has moved yet: the last
+        word on where they are. Not called for a micro-batch that ends in no optimizer step."""
 
     def after_step(self, clock: Clock) -> None:
         """The step is over: leave the training form that :meth:`before_forward` put on."""

@@ -88,6 +88,10 @@ class Chain(Plugin):
         for plugin in self.plugins:
             plugin.after_backward(clock)
 
+    def after_update(self, clock: Clock) -> None:
+        for plugin in reversed(self.plugins):
+            plugin.after_update(clock)
+
     def after_step(self, clock: Clock) -> None:
         for plugin in reversed(self.plugins):
             plugin.after_step(clock)

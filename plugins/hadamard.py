@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,38 @@ def passes(x: Tensor, spare: Tensor, given: int | None = None, wanted: int | Non
         given: with outer = 1: all rows of the middle axis from this one on are zero.
         wanted: with outer = 1: rows from this one on need not be right.
     """
+    with full_precision():
+        return _passes(x, spare, given, wanted)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products in the numbers' own precision, whatever is allowed elsewhere (TF32, bfloat16): all machines must have the same A. Made
+    around many products: changing the setting takes as long as a small one."""
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set it in the way that torch 2.9 brought, beside which the older one is refused
+        backends: Any = torch.backends
+        kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
+        before = [kind.fp32_precision for kind in kinds]
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for kind, precision in zip(kinds, before):
+                kind.fp32_precision = precision
+        return
+    if allowed != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if allowed != "highest":
+            torch.set_float32_matmul_precision(allowed)
+
+
+def _passes(x: Tensor, spare: Tensor, given: int | None, wanted: int | None) -> tuple[Tensor, Tensor]:
     outer, length, inner = x.shape
     steps, stride = [], inner
     for size in _factors(length):

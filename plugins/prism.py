@@ -159,11 +159,13 @@ class PrismSampling(Plugin):
     def before_forward(self, clock: Clock) -> None:
         self._sample(True)
 
-    def after_step(self, clock: Clock) -> None:
-        self._sample(False)
+    def after_update(self, clock: Clock) -> None:
         with torch.no_grad():
             for parameter, rows, values in self._resting:  # momentum and decay move what has no gradient, too
                 parameter[rows] = values
+
+    def after_step(self, clock: Clock) -> None:
+        self._sample(False)
 
     def detach(self) -> None:
         for module in self._changed:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherlight.plugins.hadamard import passes, walsh_hadamard
+from featherlight.plugins.hadamard import full_precision, passes, walsh_hadamard
 from featherlight.plugins.seeds import derive, generator
 
 PANEL = 2**18
@@ -49,7 +49,8 @@ class Projection:
         self._check(out, self.size)
         in_place = out.dtype == _working(out.dtype) and out.is_contiguous()
         work = out if in_place else torch.empty(self.size, dtype=_working(out.dtype), device=out.device)
-        self._lift(z.detach().to(work), work)
+        with full_precision():
+            self._lift(z.detach().to(work), work)
         return out if in_place else out.copy_(work)
 
     def project(self, g: Tensor) -> Tensor:
@@ -59,7 +60,13 @@ class Projection:
     def project_(self, g: Tensor) -> Tensor:
         """As :meth:`project`, with the memory of ``g`` to work in, and without a gradient: what is in it afterwards is of no use."""
         work = self._check(g, self.size).detach().to(_working(g.dtype)).contiguous()
-        return self._project(work, True).to(g.dtype)
+        with full_precision():
+            return self._project(work, True).to(g.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what was drawn, bytes."""
+        return sum(value.numel() * value.element_size() for value in vars(self).values() if isinstance(value, Tensor))
 
     def _lift(self, z: Tensor, out: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} must say how it lifts")
@@ -89,7 +96,8 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, projection: Projection) -> Tensor:
         ctx.projection = projection
         work = g.to(_working(g.dtype)).contiguous()
-        return projection._project(work, work is not g).to(g.dtype)
+        with full_precision():
+            return projection._project(work, work is not g).to(g.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -123,6 +131,8 @@ class Fastfood(Projection):
             panel.copy_(_normals(panel.numel(), random).view(panel.shape))
             whole = panel.int()
             squares += (whole * whole).sum()
+        self._normal[0, 0, 0] += (squares == 0).to(torch.int8)  # two numbers are both 0 in one of some thousand draws: A would be infinite
+        squares += squares == 0
         # √(D/d) / (√(L·ΣG²)·√(D/L)): D cancels. A tensor, since inside a prediction tensors have no values
         self._scale = squares.double().mul(dim).rsqrt()
 

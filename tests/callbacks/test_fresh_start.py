@@ -29,6 +29,7 @@ def by_turns(model, loader):
             optimizer.zero_grad()
             model.training_step(batch, step).backward()
             optimizer.step()
+            chain.after_update(Clock(round, step))
             chain.after_step(Clock(round, step))
     chain.detach()
     return model.state_dict()

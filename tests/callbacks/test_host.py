@@ -220,6 +220,9 @@ class Order(Plugin):
     def after_backward(self, clock):
         self.verbs.append("backward")
 
+    def after_update(self, clock):
+        self.verbs.append("update")
+
     def after_step(self, clock):
         self.verbs.append("step")
 
@@ -234,7 +237,7 @@ def test_order_of_the_verbs(toy, loader, make_trainer):
     """Gradients are complete after every second batch and after the last."""
     callback = PluginCallback(Order(), seed=5)
     make_trainer(callback, max_epochs=2, accumulate_grad_batches=2).fit(toy(), loader)
-    steps = ["forward 0", "step", "forward 1", "backward", "step", "forward 2", "backward", "step"]
+    steps = ["forward 0", "step", "forward 1", "backward", "update", "step", "forward 2", "backward", "update", "step"]
     epochs = [f"{verb} {epoch}{seed}" for epoch in (0, 1) for verb, seed in (("advance", ""), ("visit", " 5"))]
     assert callback.plugin.verbs == ["attach", *epochs[:2], *steps, *epochs[2:], *steps, "detach"]
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from featherlight import plugins
 from featherlight.callbacks import IntrinsicProjection, LayerFreezing
 from featherlight.plugins.projections import PROJECTIONS
 from featherlight.plugins.seeds import derive
@@ -61,13 +62,13 @@ def test_weights_stay_in_the_subspace(optimizer, kind, options, toy, loader, mak
 
 
 def test_one_step_by_hand(toy, loader, make_trainer):
-    """θ − γ·lr·A·Aᵀ·g of plain SGD, γ = d/D."""
+    """θ − γ·lr·A·Aᵀ·g of plain SGD, γ = √(d/D)."""
     model, plain = (toy(optimizer=lambda p: torch.optim.SGD(p, 0.1)) for _ in range(2))
     start = flat(model.parameters())
     make_trainer(IntrinsicProjection(dim=40), max_steps=1).fit(model, loader)
     make_trainer(max_steps=1).fit(plain, loader)
     a = dense(len(start), 40)
-    wanted = start + 40 / len(start) * a @ (a.T @ (flat(plain.parameters()) - start))
+    wanted = start + (40 / len(start)) ** 0.5 * a @ (a.T @ (flat(plain.parameters()) - start))
     torch.testing.assert_close(flat(model.parameters()), wanted, rtol=1e-5, atol=1e-6)
     for name, value in plain.named_buffers():
         assert torch.equal(model.get_buffer(name), value), name
@@ -137,9 +138,59 @@ def test_a_callback_used_again_begins_anew(toy, loader, make_trainer, same_state
     same_state(one.state_dict(), other.state_dict())
 
 
-def test_several_subspaces_are_refused():
+def test_what_is_of_federations_is_no_option_here():
     with pytest.raises(ValueError, match="subspaces=2: on one machine there is one client"):
-        IntrinsicProjection(dim=10, subspaces=2)
+        plugins.IntrinsicProjection(dim=10, subspaces=2).in_place()
+    for name, value in (("subspaces", 2), ("space", "gradient"), ("draw", "round"), ("known_start", False), ("momentum", 0.9)):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            IntrinsicProjection(dim=10, **{name: value})
+
+
+class States(pl.Callback):
+    """For each epoch, how many parameters the optimizer remembers when it begins."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.seen.append(len(trainer.optimizers[0].state))
+
+
+def test_an_optimizer_begins_anew_in_a_new_subspace(toy, loader, make_trainer):
+    states, model = States(), toy()
+    make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), states, max_epochs=5).fit(model, loader)
+    count = len(list(model.parameters()))
+    assert states.seen == [0, count, 0, count, 0]
+
+
+@pytest.mark.parametrize("gain", ["length", "projection"])
+def test_half_precision_stays_in_the_subspace(gain, toy, loader, make_trainer):
+    """Weights are θ₀ + A·Σ, rounded once, after every step."""
+    model, callback, sums = toy(optimizer=lambda p: torch.optim.SGD(p, 0.1)), IntrinsicProjection(dim=30, gain=gain), []
+
+    class Sums(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            lifted = callback.plugin._map(0, 0).lift(callback.plugin._spans[0].sums[0].float())
+            sums.append((lifted, flat(pl_module.parameters())))
+
+    make_trainer(callback, Sums(), precision="bf16-true").fit(model, loader)
+    start = flat(toy().bfloat16().parameters()).float()
+    assert len(sums) == 9
+    for lifted, found in sums:
+        assert torch.equal((start + lifted).bfloat16().double(), found)
+    assert float(sums[-1][0].norm()) > 1e-3
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+def test_half_precision_resumed(toy, loader, make_trainer, same_state, tmp_path):
+    saving, whole = SaveAlways(tmp_path), toy()
+    make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), saving, precision="bf16-true").fit(whole, Loader(loader))
+    for path in saving.paths[2:9:3]:
+        resumed = toy()
+        trainer = make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), precision="bf16-true")
+        trainer.fit(resumed, Loader(loader), ckpt_path=path)
+        same_state(resumed.state_dict(), whole.state_dict())
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

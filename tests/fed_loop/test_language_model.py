@@ -45,14 +45,18 @@ def test_predicted_is_measured(method, text, federation, cost_of):
 
 
 def test_what_is_sent_is_what_compresses(text, federation):
-    """Of K = 3 subspaces of 100: d up, dK down, whatever their names take; the run's bytes are these and a header."""
+    """Of K = 3 subspaces of 100: d up, dK down where all go, whatever their names take; the run's bytes are these and a header."""
     traffic = []
-    predict(federation(2), small, text(), METHODS["subspaces"](), last_traffic=traffic.append)
+
+    def method():
+        return [IntrinsicProjection(100, subspaces=3, gain=0.01, serve="all")]
+
+    predict(federation(2), small, text(), method(), last_traffic=traffic.append)
     size = sum(value.numel() for value in small().parameters())
     (last,) = traffic
     assert last == (3 * 4 * size, 3 * 4 * 300, 3 * 4 * 100)
     assert last.compression == pytest.approx((size / 300, size / 100, 2 * size / 400))
-    row = federation(2).run(small(), text(), METHODS["subspaces"]()).history[-1]
+    row = federation(2).run(small(), text(), method()).history[-1]
     assert 0 < row["bytes_up"] - last.up < 3 * 100
     assert 0 < row["bytes_down"] - last.down < 3 * 400
 

@@ -28,6 +28,9 @@ class Watch(Plugin):
     def after_backward(self, clock):
         self._noted.append("after_backward")
 
+    def after_update(self, clock):
+        self._noted.append("after_update")
+
     def after_step(self, clock):
         self._noted.append("after_step")
 
@@ -56,7 +59,7 @@ def test_order_of_a_step_and_its_result_by_hand(net, hooked, points):
 
     step = LocalStep(Chain([Watch(noted)]), Precision(), clip=clip)
     loss = step(module, optimizer, batch, Clock(0, 0))
-    assert noted == ["before_forward", "extra_loss", "after_backward", "clip", "after_optimizer_step", "after_step"]
+    assert noted == ["before_forward", "extra_loss", "after_backward", "clip", "after_update", "after_optimizer_step", "after_step"]
     wanted = plain.training_step(batch, 0) + plain.stem.bias.sum()
     wanted.backward()
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}

@@ -195,6 +195,7 @@ def take_step():
         (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
         plugin.after_backward(clock)
         optimizer.step()
+        plugin.after_update(clock)
         plugin.after_step(clock)
         if hasattr(model, "follow"):
             model.follow()

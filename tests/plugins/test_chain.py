@@ -40,6 +40,9 @@ class Recorder(Plugin):
     def after_backward(self, clock):
         LOG.append(("after_backward", self.number))
 
+    def after_update(self, clock):
+        LOG.append(("after_update", self.number))
+
     def after_step(self, clock):
         LOG.append(("after_step", self.number))
 
@@ -65,7 +68,9 @@ def chain():
     return Chain([Recorder(1), Recorder(2), Recorder(3)])
 
 
-@pytest.mark.parametrize("verb", ["attach", "advance", "visit", "before_forward", "after_backward", "after_step", "detach", "settle"])
+@pytest.mark.parametrize(
+    "verb", ["attach", "advance", "visit", "before_forward", "after_backward", "after_update", "after_step", "detach", "settle"]
+)
 def test_what_puts_on_goes_forward_and_what_takes_off_goes_back(verb, chain):
     arguments = {
         "attach": [nn.Linear(1, 1)],
@@ -74,7 +79,7 @@ def test_what_puts_on_goes_forward_and_what_takes_off_goes_back(verb, chain):
         "settle": [nn.Linear(1, 1), Clock(0)],
     }.get(verb, [Clock(0)])
     getattr(chain, verb)(*arguments)
-    order = [3, 2, 1] if verb in ("after_step", "detach") else [1, 2, 3]
+    order = [3, 2, 1] if verb in ("after_update", "after_step", "detach") else [1, 2, 3]
     assert [(verb, number) for number in order] == LOG
 
 

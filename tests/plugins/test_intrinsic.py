@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from featherlight.plugins import Clock, IntrinsicProjection, Visit
+from featherlight.plugins import Clock, IntrinsicProjection, Quantization, Visit
+from featherlight.plugins.bypass import make_bypassable, set_absent
 from featherlight.plugins.projections import PROJECTIONS
 from featherlight.plugins.seeds import derive
+from featherlight.plugins.subspaces import Maps
 
 
 class Two(nn.Module):
@@ -82,7 +84,13 @@ def visit_round(plugin, round, clients, kept=(), seed=0, kept_by=None):
         ({"projection": "dense"}, "projection='dense' is not known; use 'fastfood' or 'sparse_signs'"),
         ({"space": "both"}, "space='both' is not known; use 'gradient' or 'subspace'"),
         ({"draw": "epoch"}, "draw='epoch' is not known; use 'client' or 'round'"),
-        ({"gain": "one"}, "gain='one' is not known; use 'projection', 'unbiased' or a number"),
+        ({"gain": "one"}, "gain='one' is not known; use 'length', 'projection', 'unbiased' or a number"),
+        ({"gain": float("inf")}, "gain=inf: give a number above 0"),
+        ({"dim": 20.0}, "dim=20.0: give a whole number"),
+        ({"dim": "20"}, "dim='20': give a whole number"),
+        ({"subspaces": 1.5}, "subspaces=1.5: give a whole number"),
+        ({"serve": "some"}, "serve='some' is not known; use 'changed' or 'all'"),
+        ({"momentum": 1.0}, "momentum=1.0: give 0 <= momentum < 1"),
         ({"gain": 0.0}, r"gain=0.0: give a number above 0"),
         ({"gain": float("nan")}, "gain=nan: give a number above 0"),
     ],
@@ -103,6 +111,8 @@ def test_arguments_are_described():
         "gain": 0.5,
         "draw": "client",
         "known_start": True,
+        "momentum": 0.0,
+        "serve": "changed",
     }
     assert attached(dim=7).describe() == IntrinsicProjection(7).describe()
 
@@ -115,7 +125,7 @@ def test_more_dimensions_than_train():
 
 
 # -- up ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("gain", "factor"), [("projection", 5 / SIZE), ("unbiased", 1.0), (0.25, 0.25)])
+@pytest.mark.parametrize(("gain", "factor"), [("length", (5 / SIZE) ** 0.5), ("projection", 5 / SIZE), ("unbiased", 1.0), (0.25, 0.25)])
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_what_goes_up_by_hand(kind, gain, factor):
     """z = γ·Aᵀ·change, and statistics as they are."""
@@ -143,6 +153,15 @@ def test_a_change_outside_the_subspace_is_refused(name):
         attached(model, dim=3).encode({name: torch.zeros(2)}, Visit(0))
 
 
+def test_a_wrong_order_of_plugins_is_named():
+    plugin, codec = attached(dim=3), Quantization()
+    codec.attach(plugin._model)
+    with pytest.raises(ValueError, match=r"one.bias:8 is not .*: IntrinsicProjection goes before plugins that change what clients send"):
+        plugin.encode(codec.encode(change(), Visit(0)), Visit(0))
+    with pytest.raises(ValueError, match="IntrinsicProjection stands twice among the plugins"):
+        attached(dim=2).encode(plugin.encode(change(), Visit(0)), Visit(0))
+
+
 def test_flat_and_back():
     plugin, moved = attached(dim=3), change()
     plugin.encode({}, Visit(0))
@@ -157,7 +176,7 @@ def test_the_server_lifts_the_mean():
     start = flat(dict(plugin._model.named_parameters())).detach().double()
     visit_round(plugin, 0, [0, 1])
     a = dense(5)
-    wanted = start + 5 / SIZE * a @ a.T @ (flat(change(0)) + flat(change(1))).double() / 2
+    wanted = start + (5 / SIZE) ** 0.5 * a @ a.T @ (flat(change(0)) + flat(change(1))).double() / 2
     torch.testing.assert_close(flat(dict(plugin._model.named_parameters())).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -180,7 +199,7 @@ def test_clients_draw_subspaces(draw):
     assert placed.shape == (3, 4)
     assert torch.equal(placed[which], z["intrinsic.z"])
     assert not placed[[row for row in range(3) if row != which]].any()
-    torch.testing.assert_close(z["intrinsic.z"], (4 / SIZE * dense(4, which=which).T @ flat(change()).double()).float())
+    torch.testing.assert_close(z["intrinsic.z"], ((4 / SIZE) ** 0.5 * dense(4, which=which).T @ flat(change()).double()).float())
 
 
 # -- down -------------------------------------------------------------------------------------------------------------
@@ -201,12 +220,67 @@ def test_static_serves_one_vector():
 
 
 @pytest.mark.parametrize("draw", ["client", "round"])
-def test_subspaces_serve_what_may_have_changed(draw):
-    plugin, kept = attached(dim=2, subspaces=3, draw=draw), {}
-    visit_round(plugin, 0, [0], kept_by=kept)
-    served = vectors(visit_round(plugin, 1, [0], kept_by=kept)[0])
-    drawn = plugin._which(Visit(0, 0))
-    assert served == ([f"intrinsic.0.{k}@0" for k in range(3)] if draw == "client" else [f"intrinsic.0.{drawn}@0"])
+def test_subspaces_serve_what_changed(draw):
+    """What nobody drew did not change; ``serve="all"`` counts all the same."""
+    for serve in ("changed", "all"):
+        plugin, kept = attached(dim=2, subspaces=4, draw=draw, serve=serve), {}
+        visit_round(plugin, 0, [0, 1], kept_by=kept)
+        served = vectors(visit_round(plugin, 1, [0], kept_by=kept)[0])
+        drawn = {plugin._which(Visit(0, client)) for client in (0, 1)}
+        assert len(drawn) < 4
+        assert served == [f"intrinsic.0.{k}@0" for k in range(4) if k in drawn or serve == "all"]
+
+
+def test_a_prediction_knows_what_was_drawn():
+    """Without updates, from which a server would see it."""
+    plugin = attached(dim=2, subspaces=4)
+    for client in (0, 1):
+        plugin.encode_down(server_of(plugin), Visit(0, client))
+    served = vectors(plugin.encode_down(server_of(plugin), Visit(1, 0), ["intrinsic.start@0"]))
+    assert served == [f"intrinsic.0.{k}@0" for k in sorted({plugin._which(Visit(0, client)) for client in (0, 1)})]
+
+
+def test_half_precision_is_counted_in_bytes():
+    """Σ in float32, 16 bytes a vector, against 28 of 14 parameters: a second vector is more than the model."""
+    plugin, kept = attached(Two().bfloat16(), dim=4, periods_per_span=1, gain=0.01), {}
+    visit_round(plugin, 0, [0, 1], kept_by=kept)
+    one = plugin.encode_down(server_of(plugin), Visit(1, 1), kept[1])
+    assert [one[name].dtype for name in vectors(one)] == [torch.float32]
+    visit_round(plugin, 1, [0], kept_by=kept)
+    two = plugin.encode_down(server_of(plugin), Visit(2, 1), kept[1])
+    assert vectors(two) == []
+    assert set(NAMES) <= set(two)
+
+
+def test_with_the_model_comes_what_a_client_needs_to_go_on():
+    """A model that holds A·Σ is no use with the next Σ unless that Σ is known."""
+    plugin, kept = attached(dim=3, periods_per_span=5, known_start=False), {}
+    for round in range(2):
+        visit_round(plugin, round, [0], kept_by=kept)
+    whole = plugin.encode_down(server_of(plugin), Visit(2, 1))
+    assert set(NAMES) <= set(whole)
+    assert torch.equal(whole["intrinsic.0.0@1"], plugin._spans[-1].sums[0].float())
+
+
+def test_many_vectors_of_one_span_are_no_more_than_the_model():
+    """K·d above D: the model alone, in every round; what the client had of vectors it still has."""
+    plugin, kept = attached(dim=4, subspaces=4, serve="all"), {}
+    first = visit_round(plugin, 0, [0], kept_by=kept)[0]
+    assert not set(NAMES) & set(first)
+    for round in (1, 2):
+        served = visit_round(plugin, round, [0], kept_by=kept)[0]
+        assert set(NAMES) <= set(served)
+        assert vectors(served) == []
+        assert kept[0] == ["intrinsic.start@0"]
+
+
+def test_blocks_that_a_visit_leaves_out_come_with_the_model():
+    plugin = attached(dim=2, known_start=False)
+    make_bypassable(plugin._model.two)
+    set_absent(plugin._model.two, "a test", True)
+    message = plugin.encode_down(server_of(plugin), Visit(0))
+    assert torch.equal(message["intrinsic.two.weight@0"], plugin._model.two.weight)
+    assert "intrinsic.one.weight@0" not in message
 
 
 def test_a_client_that_was_away_gets_a_vector_for_every_span():
@@ -234,18 +308,6 @@ def test_an_unknown_start_is_sent_once():
     second = visit_round(plugin, 1, [0, 1], kept_by=kept)
     assert not set(NAMES) & set(second[0])
     assert set(NAMES) <= set(second[1])
-
-
-@pytest.mark.parametrize("options", [{"dim": 4}, {"dim": 2, "subspaces": 2}, {"dim": 2, "periods_per_span": 1}], ids=str)
-def test_what_a_client_makes_of_vectors_is_the_server_s_model(options):
-    plugin, kept = attached(**options), {}
-    for round in range(3):
-        visit_round(plugin, round, [0, 1], kept_by=kept)
-        served = plugin.encode_down(server_of(plugin), Visit(round + 1, 0), kept[0])
-        received = plugin.decode_down(served, Visit(round + 1, 0))
-        assert not any(name.startswith("intrinsic.") for name in received)
-        for name, value in plugin._model.named_parameters():
-            torch.testing.assert_close(received[name], value.detach(), rtol=1e-6, atol=1e-7)
 
 
 # -- spans ------------------------------------------------------------------------------------------------------------
@@ -297,34 +359,115 @@ def test_attached_again_it_knows_nothing():
     assert plugin.state_dict()["spans"] == []
 
 
+def test_the_server_s_momentum():
+    """v ← β·v + mean, Σ ← Σ + v, anew in each span."""
+    plugin, wanted, v = attached(dim=3, momentum=0.9, periods_per_span=2), torch.zeros(3).double(), torch.zeros(3).double()
+    for round in range(4):
+        if round == 2:
+            wanted, v = torch.zeros(3).double(), torch.zeros(3).double()
+        visit_round(plugin, round, [0])
+        a = dense(3, round // 2)
+        v = 0.9 * v + (3 / SIZE) ** 0.5 * a.T @ flat(change(10 * round)).double()
+        wanted += v
+        torch.testing.assert_close(plugin._spans[-1].sums[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_optimizer_remembers_is_void_in_a_new_subspace():
+    plugin = attached(dim=3, periods_per_span=2)
+    renewed = [len(plugin.advance(Clock(period, step)).renewed) for period in range(5) for step in (0, 1)]
+    assert renewed == [0, 0, 0, 0, 4, 0, 0, 0, 4, 0]
+    assert not attached(dim=3).advance(Clock(4)).renewed
+
+
+def test_weights_that_something_else_moved_are_not_overwritten():
+    plugin = attached(dim=3)
+    visit_round(plugin, 0, [0])
+    z = plugin.encode(change(), Visit(1))
+    with torch.no_grad():
+        plugin._model.two.bias += 1
+    with pytest.raises(ValueError, match=r"something moved two.bias out of the subspace since the round began"):
+        plugin.lift(plugin.decode(z, Visit(1)), Clock(1))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [2**15 + 1, 2**16])
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_few_maps_lie_in_memory(kind, size):
+    """Of K = 8, as many as half a vector of float32 takes; those made again are the same."""
+    maps, z = Maps(kind, 100), torch.randn(100)
+    first = [maps.get(size, 7, 0, which).lift(z) for which in range(8)]
+    assert 0 < maps.nbytes <= 2.2 * size
+    again = maps.get(size, 7, 0, 0)
+    assert torch.equal(again.lift(z), first[0])
+    assert maps.get(size, 7, 0, 0) is again
+    assert not torch.equal(first[0], first[1])
+
+
+def test_a_host_that_asks_for_shapes_makes_no_map():
+    plugin = attached(dim=3)
+    z = plugin.encode({name: torch.zeros_like(value) for name, value in change().items()}, Visit(0))["intrinsic.z"]
+    assert (z.shape, float(z.abs().max())) == ((3,), 0.0)
+    assert plugin._maps.nbytes == 0
+    plugin.encode(change(), Visit(0))
+    assert plugin._maps.nbytes > 0
+
+
 # -- every step -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gain", ["projection", "unbiased"])
-def test_a_step_becomes_its_part_in_the_subspace(gain):
+def step(plugin, moved, number=0):
+    plugin.before_forward(Clock(0, number))
+    plugin.after_backward(Clock(0, number))
+    with torch.no_grad():
+        for name, value in moved.items():
+            plugin._model.get_parameter(name).add_(value)
+    plugin.after_update(Clock(0, number))
+    plugin.after_step(Clock(0, number))
+
+
+@pytest.mark.parametrize("gain", ["length", "projection", "unbiased"])
+def test_steps_become_their_part_in_the_subspace(gain):
     model = Two()
     plugin = attached(model, dim=5, space="subspace", gain=gain)
     plugin.visit(Visit(0, 0, 7))
     before = flat(dict(model.named_parameters())).detach().double()
-    plugin.before_forward(Clock(0))
-    plugin.after_backward(Clock(0))
-    with torch.no_grad():
-        for name, value in change().items():
-            model.get_parameter(name).add_(value)
-    plugin.after_step(Clock(0))
-    a = dense(5, seed=7)
-    wanted = before + (5 / SIZE if gain == "projection" else 1.0) * a @ (a.T @ flat(change()).double())
-    torch.testing.assert_close(flat(dict(model.named_parameters())).double(), wanted, rtol=1e-5, atol=1e-6)
-    plugin.before_forward(Clock(0, 1))
+    a, factor = dense(5, seed=7), {"length": (5 / SIZE) ** 0.5, "projection": 5 / SIZE, "unbiased": 1.0}[gain]
+    z = torch.zeros(5).double()
+    for number in range(3):
+        step(plugin, change(number), number)
+        z += factor * a.T @ flat(change(number)).double()
+        torch.testing.assert_close(flat(dict(model.named_parameters())).double(), before + a @ z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plugin.encode(change(9), Visit(0, 0, 7))["intrinsic.z"].double(), z, rtol=1e-5, atol=1e-5)
+    plugin.before_forward(Clock(0, 3))
     kept = flat(dict(model.named_parameters())).clone()
-    plugin.after_step(Clock(0, 1))  # a micro-batch without an optimizer step
+    plugin.after_step(Clock(0, 3))  # a micro-batch without an optimizer step
     assert torch.equal(flat(dict(model.named_parameters())), kept)
+    plugin.visit(Visit(0, 1, 7))  # the next client begins at nothing
+    assert not plugin.encode(change(9), Visit(0, 1, 7))["intrinsic.z"].any()
+
+
+def test_on_one_machine_half_precision_is_rounded_once():
+    """Steps far below a rounding of bfloat16 add up."""
+    model = Two().bfloat16()
+    plugin = IntrinsicProjection(5, gain=0.001).in_place()
+    plugin.attach(model)
+    plugin.visit(Visit(0))
+    before, a = flat(dict(model.named_parameters())).detach().double(), dense(5)
+    z = torch.zeros(5).double()
+    for number in range(200):
+        now = flat(dict(model.named_parameters())).detach().double()
+        with torch.no_grad():
+            moved = {name: value.bfloat16() for name, value in change(number % 3).items()}
+            shifted = {name: model.get_parameter(name) + value for name, value in moved.items()}
+        step(plugin, moved, number)
+        z += 0.001 * a.T @ (flat(shifted).double() - now)
+    after = flat(dict(model.named_parameters())).detach().double()
+    wanted = before + a @ z
+    assert bool(((after - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all())
+    assert float((after - before).norm()) > 0.1
 
 
 def test_in_gradient_space_steps_are_left_alone():
     model = Two()
     plugin = attached(model, dim=5)
     plugin.visit(Visit(0))
-    plugin.after_backward(Clock(0))
-    with torch.no_grad():
-        model.one.weight.add_(1)
-    plugin.after_step(Clock(0))
+    step(plugin, {"one.weight": torch.ones(2, 3)})
     assert torch.equal(model.one.weight, Two().one.weight + 1)

@@ -404,6 +404,7 @@ def test_decay_is_of_the_product_for_factors_and_of_themselves_for_the_rest():
     small(x).square().mean().backward()
     plugin.after_backward(Clock(0))
     optimizer.step()
+    plugin.after_update(Clock(0))
     plugin.after_step(Clock(0))
     for name, value in small.named_parameters():
         torch.testing.assert_close(value.detach(), wanted[name], rtol=1e-4, atol=1e-4)

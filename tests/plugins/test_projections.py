@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherlight.plugins import projections
-from featherlight.plugins.hadamard import passes, walsh_hadamard
+from featherlight.plugins.hadamard import full_precision, passes, walsh_hadamard
 from featherlight.plugins.projections import PROJECTIONS, Fastfood, SparseSigns
 
 KINDS = pytest.mark.parametrize("kind", PROJECTIONS)
@@ -105,6 +105,67 @@ def test_adjoint_and_linear(kind, shape, seed):
     assert float(lifted @ g) == pytest.approx(float(z @ projected), rel=1e-9, abs=1e-9 * float(lifted.norm() * g.norm()))
     torch.testing.assert_close(map_.lift(2 * z - 3 * other), 2 * lifted - 3 * map_.lift(other), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(map_.project(2 * g), 2 * projected)
+
+
+@KINDS
+@pytest.mark.parametrize("size", [2**20 + 3, 3 * 2**18])
+def test_adjoint_of_a_million_in_float32(kind, size):
+    """Off by roundings of sums over D, far below the 1 in √D that a wrong map would have right by chance."""
+    map_ = PROJECTIONS[kind](size, 5000, 3)
+    z, g = numbers(5000, 1).float(), numbers(size, 2).float()
+    lifted, projected = map_.lift(z), map_.project(g)
+    one, other = float(lifted.double() @ g.double()), float(z.double() @ projected.double())
+    assert abs(one - other) < 1e-5 * float(lifted.double().norm() * g.double().norm())
+    assert abs(one) > 1e-4 * float(lifted.double().norm() * g.double().norm())
+    assert float((map_.project(g.double()) - projected.double()).norm() / projected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [450, 697, 1316])
+def test_two_parameters_are_always_moved(seed):
+    """Seeds of which all normal numbers are drawn as 0."""
+    lifted = Fastfood(2, 1, seed).lift(torch.ones(1))
+    assert bool(lifted.isfinite().all())
+    assert float(lifted.norm()) > 0
+
+
+def loose():
+    """Whether float32 products may be less exact."""
+    kind = torch.backends.cuda.matmul
+    return kind.fp32_precision == "tf32" if hasattr(kind, "fp32_precision") else torch.get_float32_matmul_precision() != "highest"
+
+
+def allow(way, loosely):
+    if way == "older":
+        torch.set_float32_matmul_precision("medium" if loosely else "highest")
+    elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if loosely else "ieee"
+    else:
+        pytest.skip("torch before 2.9")
+
+
+@pytest.mark.parametrize("way", ["older", "newer"])
+@KINDS
+def test_products_have_the_numbers_own_precision(kind, way, monkeypatch):
+    """Whatever is allowed elsewhere: TF32 on one machine and not on another would be two maps."""
+    map_, z, g, products = PROJECTIONS[kind](5000, 100, 0), numbers(100).float(), numbers(5000).float(), []
+    for name in ("mm", "bmm"):
+        own = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, own=own, **k: (products.append(loose()), own(*a, **k))[1])
+    wanted = map_.lift(z), map_.project(g)
+    allow(way, True)
+    try:
+        assert loose()
+        assert torch.equal(map_.lift(z), wanted[0])
+        assert torch.equal(map_.project(g), wanted[1])
+        walsh_hadamard(z[:64])
+        with full_precision():
+            assert not loose()
+        assert loose()
+    finally:
+        allow(way, False)
+    assert not loose()
+    assert products
+    assert not any(products)
 
 
 @KINDS
