@@ -103,8 +103,7 @@ def shrink(model: nn.Module, layers: dict[str, Layer], keep: float) -> nn.Module
         if layer.norm is not None and layer.samples_rows:
             norm: Any = small.get_submodule(layer.norm)
             norm.__class__ = NORMS[type(norm)]
-            norm.leader, norm.whole = layer.leader, layer.outputs
-            norm.register_buffer("rows", places, persistent=False)  # the layer's own: one tensor, filled once
+            norm.behind, norm.whole = (module,), layer.outputs
             for name in ("weight", "bias"):
                 if getattr(norm, name) is not None:
                     setattr(norm, name, _parameter(getattr(norm, name), (rows,)))

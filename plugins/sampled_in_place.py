@@ -160,8 +160,7 @@ def sample_in_place(model: nn.Module, layers: dict[str, Layer], keep: float) -> 
         if layer.norm is not None:
             norm: Any = model.get_submodule(layer.norm)
             norm.__class__ = _IN_PLACE[NORMS[type(norm)]]
-            norm.leader, norm.whole = layer.leader, layer.outputs
-            norm.register_buffer("rows", module.rows, persistent=False)  # the layer's own: one tensor, filled once
+            norm.behind, norm.whole = (module,), layer.outputs
             changed.append(norm)
     return changed
 
@@ -177,9 +176,10 @@ def make_whole(module: Any) -> None:
         del module.compact, module._trains  # type: ignore[attr-defined]
         if hook := module.__dict__.pop("_keep_out", None):
             hook.remove()
+        del module.leader
     else:
-        del module.rows
-    del module.leader, module.whole
+        del module.behind
+    del module.whole
     module.__dict__.pop("sampling", None)
     ordinary = next(base for base in type(module).__mro__ if base in (*LAYERS, *NORMS))
     module.__class__ = ordinary

@@ -53,10 +53,15 @@ class SampledLinear(Sampled, nn.Linear):
 
 
 class SampledNorm:
-    """Mixed in before a norm's own class: normalises the channels in ``rows`` alone, and puts them among zeros for the rest."""
+    """Mixed in before a norm's own class: normalises the channels that ``behind``, its layer, puts out, among zeros for the rest."""
 
-    rows: Tensor
+    behind: tuple[Any]  # in a tuple, a module is not registered a second time
     whole: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Those channels, (n,): the layer's own tensor, wherever it was moved."""
+        return self.behind[0].rows
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != len(self.rows):
