@@ -144,6 +144,7 @@ class PluginCallback(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._chain is not None and self._clock is not None:  # after accumulation and unscaling, before clipping
             self._chain.after_backward(self._clock)
+            optimizer_state.decay(optimizer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end_step()

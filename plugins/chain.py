@@ -36,6 +36,11 @@ class Chain(Plugin):
         return any(overrides(plugin, verb) for plugin in self.plugins for verb in ("encode", "lift"))
 
     @property
+    def sees_gradients(self) -> bool:
+        """Whether any plugin does something between the backward pass and the step."""
+        return any(overrides(plugin, "after_backward") for plugin in self.plugins)
+
+    @property
     def encodes_down(self) -> bool:
         """Whether any plugin changes what goes to a client."""
         return any(overrides(plugin, "encode_down") for plugin in self.plugins)

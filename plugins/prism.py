@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -14,6 +15,7 @@ from featherlight.plugins import factors
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.bypass import Bypass
 from featherlight.plugins.factors import Factors
+from featherlight.plugins.optimizer_state import OwnDecay
 from featherlight.plugins.picks import Pick, draw_rows, place
 from featherlight.plugins.present import held
 from featherlight.plugins.principal import Layer, find_layers, shrink
@@ -30,9 +32,10 @@ class PrismSampling(Plugin):
     """Train a model that no client holds whole. Layers are taken apart into principal kernels by an SVD; a client gets a share of them,
     drawn by importance p_i = σ_i^k / Σ_j σ_j^k, trains those, and the server puts together what comes back, entry by entry.
 
-    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate. The model that is evaluated is
-    the whole one, with ordinary weights. Batch norm's running statistics are averaged over the clients that held a channel, but they are
-    those of sub-models: use group norm, or see to the statistics before evaluating (the plugin warns).
+    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate and in its own way: beside the
+    step of AdamW; of others, and so of Adam, through the gradients. The model that is evaluated is the whole one, with ordinary weights.
+    Batch norm's running statistics are averaged over the clients that held a channel, but they are those of sub-models: use group norm,
+    or see to the statistics before evaluating (the plugin warns).
 
     Args:
         keep: κ, the share of every layer that a client holds, in (0, 1]; or shares of clients by κ, as in ``{0.2: 0.6, 0.4: 0.4}``.
@@ -168,14 +171,6 @@ class PrismSampling(Plugin):
             make_whole(module)
         self._forget()
 
-    def after_backward(self, clock: Clock) -> None:
-        for layer in (sampled_layers(self._model) if self._in_place else self._small).values():
-            rate = getattr(layer.u, "_own_decay", 0.0)
-            if rate and layer.u.grad is not None:
-                of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), rate)
-                layer.u.grad += of_u
-                layer.v.grad += of_v.view_as(layer.v)
-
     # -- federated ------------------------------------------------------------------------------------------------
     def agree(self) -> Sequence[Tensor]:
         """The round's factors, since signs and bases of equal σ are the machine's choice, and the weights that they are of."""
@@ -250,7 +245,7 @@ class PrismSampling(Plugin):
 
     def _mark(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
-            layer.u._own_decay = layer.v._own_decay = 0.0
+            layer.u._own_decay = layer.v._own_decay = OwnDecay(partial(_decay_of_product, layer))
 
     def _sample(self, on: bool) -> None:
         for module in self._changed:
@@ -316,3 +311,8 @@ class PrismSampling(Plugin):
         """Entries that have one figure for each of the layer's rows."""
         norm = [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")] if layer.norm else []
         return [name for name in (f"{path}.bias", *norm) if name in message]
+
+
+def _decay_of_product(layer: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), 1.0)
+    return [(layer.u, of_u), (layer.v, of_v.view_as(layer.v))]

@@ -176,7 +176,7 @@ def make_whole(module: Any) -> None:
         del module.compact, module._trains  # type: ignore[attr-defined]
         if hook := module.__dict__.pop("_keep_out", None):
             hook.remove()
-        del module.leader
+        del module.leader  # type: ignore[attr-defined]
     else:
         del module.behind
     del module.whole

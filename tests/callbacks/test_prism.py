@@ -166,6 +166,35 @@ def test_decay_acts_on_the_product(grouped, loader, make_trainer):
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_optimizers_the_one_that_steps_decays(order, grouped, loader, make_trainer):
+    steps = []
+
+    class Two(type(grouped())):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            rest = [value for name, value in self.named_parameters() if not name.startswith("head")]
+            return [torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(rest, 0.1, weight_decay=0.3)]
+
+        def training_step(self, batch, batch_idx):
+            layer, optimizers = self.encoder.blocks[0][0], self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(0.0 * super().training_step(batch, batch_idx))
+            u, v = layer.u.detach().clone(), layer.v.detach().flatten(1).clone()
+            for index in order:
+                optimizers[index].step()
+            torch.testing.assert_close(layer.u.detach(), u - 0.1 * 0.3 * u @ v @ v.T)
+            torch.testing.assert_close(layer.v.detach().flatten(1), v - 0.1 * 0.3 * u.T @ u @ v)
+            steps.append(order)
+
+    make_trainer(PrismSampling(keep=0.5), max_epochs=1).fit(Two(encoder=GroupNormed), loader)
+    assert len(steps) == 3
+
+
 def test_a_momentum_copy_samples_as_its_twin(byol, loader, make_trainer):
     def look(module, epoch):
         for online, target in zip(module.encoder.modules(), module.target.modules()):
