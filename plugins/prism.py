@@ -196,7 +196,7 @@ class PrismSampling(Plugin):
     def decode_down(self, message: Message, visit: Visit) -> Message:
         for layer in self._small.values():
             if layer.rows is not None:
-                layer.rows.copy_(draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
+                layer.rows.copy_(draw_rows(visit, layer.rows_as, layer.whole, len(layer.rows)))
         return message
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
@@ -295,7 +295,7 @@ class PrismSampling(Plugin):
             kernels = torch.arange(size)
         else:
             kernels = factors.draw(odds.cpu(), size, generator(visit.seed, visit.round, visit.client, "kernels", path))
-        rows = draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
+        rows = draw_rows(visit, layer.rows_as, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
         device = odds.device
         return Pick(kernels.to(device), None if rows is None else rows.to(device))
 
