@@ -164,7 +164,7 @@ class PluginCallback(pl.Callback):
                 "plugins": saved.describe(_members(trainer)),
                 "seed": common_seed(trainer),
                 "epoch": self._reached,
-                "brought": self._brought.take(checkpoint["state_dict"]),
+                "brought": self._brought.take(pl_module),
                 "state": Chain(callback.plugin for callback in _members(trainer)).state_dict(),
             }
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightly.utils.lars import LARS
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -336,6 +336,17 @@ def test_an_ordinary_state_may_be_loaded_while_it_trains(grouped, loader, make_t
     make_trainer(PrismSampling(keep=0.5), Load(), max_epochs=1).fit(model, loader)
     assert len(seen) == 1
     assert torch.equal(model.encoder.blocks[0][0].weight, loaded["encoder.blocks.0.0.weight"])
+
+
+def test_a_checkpoint_of_weights_alone_is_an_ordinary_module_s(grouped, loader, make_trainer, tmp_path, same_state):
+    saving = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    model = grouped()
+    make_trainer(PrismSampling(keep=0.5), saving, enable_checkpointing=True, max_epochs=2).fit(model, loader)
+    state = torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"]
+    assert list(state) == list(grouped().state_dict())
+    other = grouped()
+    other.load_state_dict(state)
+    same_state(other.state_dict(), model.state_dict())
 
 
 class Encoder(nn.Module):
