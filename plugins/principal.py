@@ -97,6 +97,25 @@ def find_layers(model: nn.Module, layers: str | Sequence[str], attention: bool, 
     return _with_hidden_units(model, _without_the_last(model, found, targets, layers == "auto"))
 
 
+def warn_of_what_stays_whole(model: nn.Module, layers: dict[str, Layer], attention: bool, keep: float) -> None:
+    """Say so where ``layers="auto"`` takes little of a model apart, or nothing of the attention that was asked for."""
+    whole = sum(value.numel() for value in model.parameters())
+    weights: list[Any] = [model.get_submodule(path).weight for path in layers]
+    apart = sum(weight.numel() for weight in weights)
+    if keep < 1 and apart < whole / 2:
+        warnings.warn(
+            f'layers="auto" takes apart {len(layers)} layers with {apart / whole:.0%} of the parameters; all others a client holds whole: '
+            "name more with layers=[...]",
+            stacklevel=3,
+        )
+    if attention and not any(ATTENTION.search(path) for path in layers):
+        warnings.warn(
+            "attention=True found no linear layers of attention that can be taken apart (those of nn.MultiheadAttention and torchvision's "
+            "Swin are read past their forward): attention stays whole",
+            stacklevel=3,
+        )
+
+
 def _with_hidden_units(model: nn.Module, layers: dict[str, Layer]) -> dict[str, Layer]:
     """Who takes whose sampled rows alone, and who draws them together."""
     shared = set()
@@ -267,6 +286,8 @@ def _why_not(model: nn.Module, module: nn.Module) -> str:
         return f"it is a {type(module).__name__}, of which only the class it is derived from is known"
     if getattr(module, "parametrizations", None) is not None or "weight" not in module._parameters:
         return "its weight is made by a parametrization"
+    if any(type(parent).__name__.startswith("ShiftedWindowAttention") and module in parent.children() for parent in model.modules()):
+        return "torchvision's window attention reads its weight past the layer's forward"
     if sum(getattr(other, "weight", None) is module.weight for other in model.modules()) > 1:
         return "its weight is another layer's, too"
     return ""

@@ -18,7 +18,7 @@ from featherlight.plugins.factors import Factors
 from featherlight.plugins.optimizer_state import OwnDecay
 from featherlight.plugins.picks import Pick, draw_rows, place
 from featherlight.plugins.present import held
-from featherlight.plugins.principal import Layer, find_layers, shrink
+from featherlight.plugins.principal import Layer, find_layers, shrink, warn_of_what_stays_whole
 from featherlight.plugins.sampled_in_place import idle, make_whole, sample_in_place
 from featherlight.plugins.sampled_layers import sampled_layers
 from featherlight.plugins.seeds import generator
@@ -64,7 +64,11 @@ class PrismSampling(Plugin):
         principal_start: bool = False,
     ) -> None:
         shares = keep if isinstance(keep, dict) else {keep: 1.0}
-        if not shares or not all(isinstance(ratio, int | float) and 0 < ratio <= 1 for ratio in shares):
+        given: dict[str, Sequence[Any]] = {"keep": [*shares, *shares.values()], "power": [power], "warmup_periods": [warmup_periods]}
+        for name, values in given.items():
+            if wrong := [value for value in values if type(value) not in (int, float)]:
+                raise ValueError(f"{name}={wrong[0]!r}: give a plain number, as 0.2 or 1, not a {type(wrong[0]).__name__}")
+        if not shares or not all(0 < ratio <= 1 for ratio in shares):
             raise ValueError(f"keep={keep}: give a share above 0 and up to 1, or {{share: part of the clients}}")
         if not all(part > 0 for part in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
             raise ValueError(
@@ -72,8 +76,8 @@ class PrismSampling(Plugin):
             )
         if not 0 <= power < inf:
             raise ValueError(f"power={power}: give 0 (all kernels alike) or more")
-        if warmup_periods < 0:
-            raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more")
+        if not 0 <= warmup_periods < inf or warmup_periods != int(warmup_periods):
+            raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more, a whole number")
         self.keep = keep
         self.layers = layers
         self.attention = attention
@@ -130,14 +134,12 @@ class PrismSampling(Plugin):
             raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
         targets = find_targets(model)
         layers = find_layers(model, self.layers, self.attention, self.rows, targets)
-        if any(isinstance(module, nn.BatchNorm2d) and module.running_mean is not None for module in model.modules()):
-            warnings.warn(
-                "batch norm's running statistics are gathered by sub-models and do not fit the whole model that is evaluated: use group "
-                "norm, BatchNorm2d(track_running_stats=False), or torch.optim.swa_utils.update_bn(loader, model) before you evaluate",
-                stacklevel=2,
-            )
+        _warn_of_statistics(model)
+        if self.layers == "auto":
+            warn_of_what_stays_whole(model, layers, self.attention, min(self._shares))
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
-        self._followed, self._all = targets, list(layers)
+        self._copies = {path: layer.leader for path, layer in layers.items() if layer.leader != path}
+        self._all = list(layers)
         if self._in_place:
             self._changed = sample_in_place(model, layers, next(iter(self._shares)))
             self._mark(sampled_layers(model))
@@ -203,8 +205,8 @@ class PrismSampling(Plugin):
         entries: dict[str, Any] = dict(message)
         for path, pick in self._picks(visit).items():
             layer, u, v = self._layers[path], f"{path}.u", f"{path}.v"
+            self._check(path, pick, message)
             if u in message or v in message:
-                self._check(path, pick, message)
                 entries[u] = place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
                 entries[v] = place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
             if pick.rows is not None:
@@ -217,6 +219,8 @@ class PrismSampling(Plugin):
         total, covered = dict(total), []
         for path, (u, v, _) in self._factors.items():
             if f"{path}.u" not in total:
+                if self._model.get_submodule(path).weight.requires_grad:  # else it is frozen
+                    covered.append(0.0)
                 continue
             change_u, change_v = total.pop(f"{path}.u"), total.pop(f"{path}.v")
             if isinstance(change_v, tuple):
@@ -265,7 +269,7 @@ class PrismSampling(Plugin):
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
             module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)
         if drawn:
-            follow(self._model, self._followed)
+            follow(self._model, self._copies)
         self._resting = []
         for module in self._changed:
             self._resting += [(parameter, rows, parameter.detach()[rows]) for parameter, rows in idle(module)]
@@ -302,7 +306,9 @@ class PrismSampling(Plugin):
     def _check(self, path: str, pick: Pick, message: Mapping[str, Any]) -> None:
         rows = self._layers[path].outputs if pick.rows is None else len(pick.rows)
         whole: Any = self._model.get_submodule(path)
-        for name, shape in ((f"{path}.u", (rows, len(pick.kernels))), (f"{path}.v", (len(pick.kernels), *whole.weight.shape[1:]))):
+        of_factors = {f"{path}.u": (rows, len(pick.kernels)), f"{path}.v": (len(pick.kernels), *whole.weight.shape[1:])}
+        shapes: dict[str, tuple[int, ...]] = of_factors if of_factors.keys() & message.keys() else {}
+        for name, shape in {**shapes, **dict.fromkeys(self._per_row(self._layers[path], path, message), (rows,))}.items():
             given = tuple(message[name].shape) if name in message else "nothing"
             if given != shape:
                 raise ValueError(f"{name}: the client holds a part of shape {shape}, and sent {given}")
@@ -311,6 +317,21 @@ class PrismSampling(Plugin):
         """Entries that have one figure for each of the layer's rows."""
         norm = [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")] if layer.norm else []
         return [name for name in (f"{path}.bias", *norm) if name in message]
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    norms = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.running_mean is not None
+    ]
+    if norms:
+        warnings.warn(
+            f"batch norm's running statistics ({norms[0]}, {len(norms)} in all) are gathered by sub-models and do not fit the whole model "
+            'that is evaluated: use group norm where a backbone offers it (norm="group" in those of ssl_models), or gather them anew, as '
+            "torch.optim.swa_utils.update_bn(loader, model) does, before you evaluate what depends on them",
+            stacklevel=3,
+        )
 
 
 def _decay_of_product(layer: Any) -> list[tuple[nn.Parameter, Tensor]]:
