@@ -72,6 +72,11 @@ class Plugin:
     same_for_all: ClassVar[bool] = False
     """Whether all clients must train the server's own module, none a smaller one that another method makes."""
 
+    @property
+    def remakes(self) -> bool:
+        """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""
+        return False
+
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         """Resolve names in ``model`` and prepare it. Existing ``state_dict`` keys never change."""

@@ -55,6 +55,13 @@ class Chain(Plugin):
         return copy.deepcopy(self)
 
     def attach(self, model: nn.Module) -> None:
+        remaking = [type(plugin).__name__ for plugin in self.plugins if plugin.remakes]
+        needing = [type(plugin).__name__ for plugin in self.plugins if plugin.same_for_all]
+        if remaking and needing:
+            raise ValueError(
+                f"{', '.join(needing)} needs the same parameters in every period, and {', '.join(remaking)} trains others in each: "
+                "leave one out"
+            )
         for number, plugin in enumerate(self.plugins):
             try:
                 plugin.attach(model)

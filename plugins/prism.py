@@ -44,7 +44,9 @@ class PrismSampling(Plugin):
         attention: with ``"auto"``, take apart attention's linear layers, too.
         power: k: 2.5 for IID clients, 4 for others (the paper's).
         warmup_periods: rounds at the beginning in which every client gets the most important kernels (the paper: 50).
-        rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink.
+        rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink: those of
+            convolutions with a norm right behind them, and of MLPs' hidden units. Not of a layer whose norm is not known; and leave a
+            classifier out of ``layers``, since what is not drawn is 0.
         principal_start: for random weights: as period 0 begins, kernels beyond the (smallest) κ are scaled by 0.1
             (:func:`featherlight.plugins.factors.concentrate`; ours), so that clients hold nearly all of the model's energy. Otherwise
             the whole model is, until training has made its spectra fall, mostly what its clients do not see.
@@ -112,6 +114,10 @@ class PrismSampling(Plugin):
             raise ValueError(f"keep={self.keep}: on one machine there is one client; give it one share")
         self._in_place = True
         return self
+
+    @property
+    def remakes(self) -> bool:
+        return self._in_place
 
     def keep_of(self, client: int) -> float:
         """κ of ``client``: dealt out in the given parts, the same in every round."""

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from featherlight.callbacks import CostMonitor, LayerFreezing, PrismSampling
+from featherlight.callbacks import CostMonitor, IntrinsicProjection, LayerFreezing, PrismSampling
 from featherlight.plugins.sampled_layers import Sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:batch norm's running statistics")
@@ -205,6 +205,28 @@ def test_a_momentum_copy_samples_as_its_twin(byol, loader, make_trainer):
     model = byol(encoder=GroupNormed)
     make_trainer(PrismSampling(keep=0.5), watching(look)).fit(model, loader)
     assert not any(parameter.requires_grad for parameter in model.target.parameters())
+
+
+def test_of_a_momentum_copy_the_layers_that_are_taken_apart_begin_anew(byol, loader, make_trainer):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                online, target = pl_module.encoder.state_dict(), pl_module.target.state_dict()
+                seen.append({name for name in online if not torch.equal(online[name], target[name])})
+
+    make_trainer(PrismSampling(keep=0.5), Look(), max_epochs=2).fit(byol(encoder=GroupNormed), loader)
+    assert not seen[0]
+    assert "stem.weight" in seen[1]
+    assert not {name for name in seen[1] if name.startswith(("blocks.0.0.", "blocks.1.0."))}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_projection_on_a_subspace_it_is_refused(first, grouped, loader, make_trainer):
+    callbacks = [PrismSampling(keep=0.5), IntrinsicProjection(dim=16)]
+    with pytest.raises(ValueError, match=r"IntrinsicProjection needs the same parameters in every period, and PrismSampling trains others"):
+        make_trainer(*(callbacks if first else callbacks[::-1])).fit(grouped(), loader)
 
 
 def test_with_layer_freezing(grouped, loader, make_trainer, snapshots):
