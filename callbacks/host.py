@@ -160,6 +160,7 @@ class PluginCallback(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._chain is not None and self._clock is not None:  # after accumulation and unscaling, before clipping
             self._chain.after_backward(self._clock)
+            optimizer_state.decay(optimizer)
 
     def _follow_steps(self, trainer: pl.Trainer) -> None:
         """Let plugins have their say within each optimizer's step: whatever moves after it sees where parameters have come to rest."""
@@ -189,7 +190,7 @@ class PluginCallback(pl.Callback):
                 "plugins": saved.describe(_members(trainer)),
                 "seed": common_seed(trainer),
                 "epoch": self._reached,
-                "brought": self._brought.take(checkpoint["state_dict"]),
+                "brought": self._brought.take(pl_module),
                 "state": Chain(callback.plugin for callback in _members(trainer)).state_dict(),
             }
 

@@ -52,7 +52,12 @@ def rewrap(strategy: Strategy, module: pl.LightningModule) -> None:
         return
     present = held(module)
     resting = {name for name, value in module.named_parameters() if name not in present or not value.requires_grad}
-    resting |= {name for name, _ in module.named_buffers() if name not in present and name in module.state_dict()}
+    resting |= {
+        f"{path}.{name}".lstrip(".")
+        for path, owner in module.named_modules()
+        for name in owner._buffers
+        if name not in owner._non_persistent_buffers_set and f"{path}.{name}".lstrip(".") not in present
+    }
     if resting == getattr(module, _IGNORE, set()):
         return
     setattr(module, _IGNORE, resting)

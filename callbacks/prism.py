@@ -12,7 +12,8 @@ class PrismSampling(PluginCallback):
     """Train each epoch in another principal sub-model, and end with an ordinary model; a period is an epoch.
 
     Layers hold their whole weight besides, so what is saved is activations, compute and the optimizer's state. Between steps, for
-    evaluation and in checkpoints, the model is whole.
+    evaluation and in checkpoints, the model is whole. In a momentum copy, the layers that are taken apart become their online twins' again
+    at every epoch's start, since averages of factors need one basis; the rest of it goes on. Optimizers' momentum of factors starts anew.
 
     Args:
         seed: of the method's draws; by default the one of ``seed_everything``, or 0.

@@ -17,7 +17,8 @@ KEY = "featherlight"
 
 
 class Brought:
-    """The entries of ``state_dict`` that are there only while plugins are attached.
+    """The entries of ``state_dict`` that are there only while plugins are attached, and that nobody else is shown, so that whatever
+    saves the module's state saves an ordinary one.
 
     Those of modules that plugins added are weights of their own: they wait for the next time that the same module is trained or evaluated.
     Those that plugins added to the module's own layers say what those layers' weights are, and end when plugins are detached: from then
@@ -29,6 +30,7 @@ class Brought:
         self._apart: set[str] = set()  # of them, those of added modules
         self._kept: dict[str, Tensor] = {}
         self._kept_of: weakref.ref[nn.Module] | None = None
+        self._showing = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept_of": None, "_kept": {}}  # a copy in another process has another module
@@ -42,31 +44,46 @@ class Brought:
             self._kept = {}
         self.put_back(module, self._kept)
 
+        def hide(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
+            if not self._showing:
+                for name in self._names:
+                    state.pop(prefix + name, None)
+
         def fill_in(loading: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-            current = loading.state_dict()
+            current = self._all(loading)
             for name in self._apart:
                 state.setdefault(prefix + name, current[name])
 
-        handle = module.register_load_state_dict_pre_hook(fill_in)
+        handle, hider = module.register_load_state_dict_pre_hook(fill_in), module.register_state_dict_post_hook(hide)
 
         def undo() -> None:
             handle.remove()
+            hider.remove()
             self._kept = {name: value.detach().clone() for name, value in module.state_dict().items() if name in self._apart}
             self._kept_of = weakref.ref(module)
 
         return undo
 
-    def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move the entries out of ``state``; once detached, those of added modules, as they were then."""
-        there = sorted(name for name in self._names if name in state or name in self._kept)
-        return {name: state.pop(name) if name in state else self._kept[name] for name in there}
+    def take(self, module: nn.Module) -> dict[str, Tensor]:
+        """The entries of ``module``; once detached, those of added modules, as they were then."""
+        current = self._all(module)
+        there = sorted(name for name in self._names if name in current or name in self._kept)
+        return {name: current[name] if name in current else self._kept[name] for name in there}
 
     def put_back(self, module: nn.Module, entries: dict[str, Tensor]) -> None:
         """Copy ``entries`` into ``module``."""
-        current = module.state_dict()
+        current = self._all(module)
         with torch.no_grad():
             for name in self._names & entries.keys():
                 current[name].copy_(entries[name])
+
+    def _all(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state of ``module``, these entries among it."""
+        self._showing = True
+        try:
+            return module.state_dict()
+        finally:
+            self._showing = False
 
 
 def describe(callbacks: Iterable[Any]) -> list[dict[str, Any]]:

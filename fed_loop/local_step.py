@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from featherlight.plugins import SERVER, Chain, Clock
+from featherlight.plugins.optimizer_state import decay, has_own_decay
 from featherlight.plugins.step_cost import StepCost, StepMeter
 
 
@@ -45,7 +46,7 @@ class LocalStep:
         chain: the plugins.
         precision: what the forward pass is computed in.
         backward: fills gradients from a loss; the place for a loss scaler.
-        clip: limits the gradients of a model that its optimizer is about to apply; nothing if left out.
+        clip: largest norm of all gradients together; no limit if left out.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LocalStep:
         chain: Chain,
         precision: Precision,
         backward: Callable[[Tensor], None] = Tensor.backward,
-        clip: Callable[[nn.Module, Optimizer], Any] | None = None,
+        clip: float | None = None,
     ) -> None:
         self._chain, self._precision, self._backward, self._clip = chain, precision, backward, clip
 
@@ -81,9 +82,13 @@ class LocalStep:
             meter.forward_is_done()
         optimizer.zero_grad()
         self._backward(loss)
+        raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        if self._clip is not None or self._chain.sees_gradients or has_own_decay(raw):
+            self._precision.unscale_gradients(raw)  # whoever looks at gradients wants them without a loss scaler's factor
         self._chain.after_backward(clock)
+        decay(raw)
         if self._clip is not None:
-            self._clip(module, optimizer)
+            nn.utils.clip_grad_norm_([value for group in raw.param_groups for value in group["params"]], self._clip)
         optimizer.step()
         self._chain.after_update(clock)
         hook = getattr(module, "after_optimizer_step", None)  # where our SSL modules move their targets

@@ -132,10 +132,6 @@ def _predict(
         chain.detach()
 
 
-def _clip(module: nn.Module, optimizer: Optimizer, largest: float) -> None:
-    nn.utils.clip_grad_norm_(module.parameters(), largest)
-
-
 def _as_it_is(module: nn.Module, optimizer: Optimizer) -> Optimizer:
     return optimizer
 
@@ -143,8 +139,7 @@ def _as_it_is(module: nn.Module, optimizer: Optimizer) -> Optimizer:
 class _Prediction:
     def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, blank: Chain, targets: dict[str, str]) -> None:
         self.settings, self.data, self.chain = settings, data, chain
-        limit = None if settings.clip is None else partial(_clip, largest=settings.clip)
-        step = partial(LocalStep, precision=_precision(settings), clip=limit)
+        step = partial(LocalStep, precision=_precision(settings), clip=settings.clip)
         self.own = Trainee(module, chain, targets, step, _as_it_is)
         self.trainees = Trainees(self.own, blank, step, _as_it_is)
         self.on_server = ServerTraining(self.own, step(Chain()), data, settings.seed)

@@ -62,8 +62,7 @@ class Run:
     def _set_up(self) -> None:
         settings, module, data = self.settings, self.module, self.data
         fabric = self.processes.fabric
-        limit = None if settings.clip is None else partial(fabric.clip_gradients, max_norm=settings.clip, error_if_nonfinite=False)
-        step = partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=limit)
+        step = partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=settings.clip)
         setup = partial(_setup, fabric)
         self.own = Trainee(module, self.chain, self.targets, step, setup)
         self.trainees = Trainees(self.own, self.blank, step, setup)

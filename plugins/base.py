@@ -83,6 +83,11 @@ class Plugin:
     starts_elsewhere: ClassVar[bool] = False
     """Whether :meth:`receive` moves the model away from what was received. Of a chain, such a plugin's turn comes after the others'."""
 
+    @property
+    def remakes(self) -> bool:
+        """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""
+        return False
+
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         """Resolve names in ``model`` and prepare it. Existing ``state_dict`` keys never change."""

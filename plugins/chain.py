@@ -37,6 +37,11 @@ class Chain(Plugin):
         return any(overrides(plugin, verb) for plugin in self.plugins for verb in ("encode", "lift"))
 
     @property
+    def sees_gradients(self) -> bool:
+        """Whether any plugin does something between the backward pass and the step."""
+        return any(overrides(plugin, "after_backward") for plugin in self.plugins)
+
+    @property
     def encodes_down(self) -> bool:
         """Whether any plugin changes what goes to a client."""
         return any(overrides(plugin, "encode_down") for plugin in self.plugins)
@@ -51,6 +56,13 @@ class Chain(Plugin):
         return copy.deepcopy(self)
 
     def attach(self, model: nn.Module) -> None:
+        remaking = [type(plugin).__name__ for plugin in self.plugins if plugin.remakes]
+        needing = [type(plugin).__name__ for plugin in self.plugins if plugin.same_for_all]
+        if remaking and needing:
+            raise ValueError(
+                f"{', '.join(needing)} needs the same parameters in every period, and {', '.join(remaking)} trains others in each: "
+                "leave one out"
+            )
         for number, plugin in enumerate(self.plugins):
             try:
                 plugin.attach(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -14,9 +15,10 @@ from featherlight.plugins import factors
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.bypass import Bypass
 from featherlight.plugins.factors import Factors
+from featherlight.plugins.optimizer_state import OwnDecay
 from featherlight.plugins.picks import Pick, draw_rows, place
 from featherlight.plugins.present import held
-from featherlight.plugins.principal import Layer, find_layers, shrink
+from featherlight.plugins.principal import Layer, find_layers, shrink, warn_of_what_stays_whole
 from featherlight.plugins.sampled_in_place import idle, make_whole, sample_in_place
 from featherlight.plugins.sampled_layers import sampled_layers
 from featherlight.plugins.seeds import generator
@@ -30,9 +32,10 @@ class PrismSampling(Plugin):
     """Train a model that no client holds whole. Layers are taken apart into principal kernels by an SVD; a client gets a share of them,
     drawn by importance p_i = σ_i^k / Σ_j σ_j^k, trains those, and the server puts together what comes back, entry by entry.
 
-    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate. The model that is evaluated is
-    the whole one, with ordinary weights. Batch norm's running statistics are averaged over the clients that held a channel, but they are
-    those of sub-models: use group norm, or see to the statistics before evaluating (the plugin warns).
+    It must come first among plugins. Weight decay acts on the product u·v, with the optimizer's own rate and in its own way: beside the
+    step of AdamW; of others, and so of Adam, through the gradients. The model that is evaluated is the whole one, with ordinary weights.
+    Batch norm's running statistics are averaged over the clients that held a channel, but they are those of sub-models: use group norm,
+    or see to the statistics before evaluating (the plugin warns).
 
     Args:
         keep: κ, the share of every layer that a client holds, in (0, 1]; or shares of clients by κ, as in ``{0.2: 0.6, 0.4: 0.4}``.
@@ -41,7 +44,9 @@ class PrismSampling(Plugin):
         attention: with ``"auto"``, take apart attention's linear layers, too.
         power: k: 2.5 for IID clients, 4 for others (the paper's).
         warmup_periods: rounds at the beginning in which every client gets the most important kernels (the paper: 50).
-        rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink.
+        rows: of each layer's outputs, too, a client computes the share κ, drawn anew each round, so that activations shrink: those of
+            convolutions with a norm right behind them, and of MLPs' hidden units. Not of a layer whose norm is not known; and leave a
+            classifier out of ``layers``, since what is not drawn is 0.
         principal_start: for random weights: as period 0 begins, kernels beyond the (smallest) κ are scaled by 0.1
             (:func:`featherlight.plugins.factors.concentrate`; ours), so that clients hold nearly all of the model's energy. Otherwise
             the whole model is, until training has made its spectra fall, mostly what its clients do not see.
@@ -61,7 +66,11 @@ class PrismSampling(Plugin):
         principal_start: bool = False,
     ) -> None:
         shares = keep if isinstance(keep, dict) else {keep: 1.0}
-        if not shares or not all(isinstance(ratio, int | float) and 0 < ratio <= 1 for ratio in shares):
+        given: dict[str, Sequence[Any]] = {"keep": [*shares, *shares.values()], "power": [power], "warmup_periods": [warmup_periods]}
+        for name, values in given.items():
+            if wrong := [value for value in values if type(value) not in (int, float)]:
+                raise ValueError(f"{name}={wrong[0]!r}: give a plain number, as 0.2 or 1, not a {type(wrong[0]).__name__}")
+        if not shares or not all(0 < ratio <= 1 for ratio in shares):
             raise ValueError(f"keep={keep}: give a share above 0 and up to 1, or {{share: part of the clients}}")
         if not all(part > 0 for part in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
             raise ValueError(
@@ -69,8 +78,8 @@ class PrismSampling(Plugin):
             )
         if not 0 <= power < inf:
             raise ValueError(f"power={power}: give 0 (all kernels alike) or more")
-        if warmup_periods < 0:
-            raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more")
+        if not 0 <= warmup_periods < inf or warmup_periods != int(warmup_periods):
+            raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more, a whole number")
         self.keep = keep
         self.layers = layers
         self.attention = attention
@@ -106,6 +115,10 @@ class PrismSampling(Plugin):
         self._in_place = True
         return self
 
+    @property
+    def remakes(self) -> bool:
+        return self._in_place
+
     def keep_of(self, client: int) -> float:
         """κ of ``client``: dealt out in the given parts, the same in every round."""
         place, reached = (client + 1) * GOLDEN % 1, 0.0
@@ -129,14 +142,12 @@ class PrismSampling(Plugin):
             raise ValueError("PrismSampling takes layers apart, which others then freeze or leave out: put it first among the plugins")
         targets = find_targets(model)
         layers = find_layers(model, self.layers, self.attention, self.rows, targets)
-        if any(isinstance(module, nn.BatchNorm2d) and module.running_mean is not None for module in model.modules()):
-            warnings.warn(
-                "batch norm's running statistics are gathered by sub-models and do not fit the whole model that is evaluated: use group "
-                "norm, BatchNorm2d(track_running_stats=False), or torch.optim.swa_utils.update_bn(loader, model) before you evaluate",
-                stacklevel=2,
-            )
+        _warn_of_statistics(model)
+        if self.layers == "auto":
+            warn_of_what_stays_whole(model, layers, self.attention, min(self._shares))
         self._layers = {path: layer for path, layer in layers.items() if layer.leader == path}
-        self._followed, self._all = targets, list(layers)
+        self._copies = {path: layer.leader for path, layer in layers.items() if layer.leader != path}
+        self._all = list(layers)
         if self._in_place:
             self._changed = sample_in_place(model, layers, next(iter(self._shares)))
             self._mark(sampled_layers(model))
@@ -172,14 +183,6 @@ class PrismSampling(Plugin):
             make_whole(module)
         self._forget()
 
-    def after_backward(self, clock: Clock) -> None:
-        for layer in (sampled_layers(self._model) if self._in_place else self._small).values():
-            rate = getattr(layer.u, "_own_decay", 0.0)
-            if rate and layer.u.grad is not None:
-                of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), rate)
-                layer.u.grad += of_u
-                layer.v.grad += of_v.view_as(layer.v)
-
     # -- federated ------------------------------------------------------------------------------------------------
     def agree(self) -> Sequence[Tensor]:
         """The round's factors, since signs and bases of equal σ are the machine's choice, and the weights that they are of."""
@@ -205,15 +208,15 @@ class PrismSampling(Plugin):
     def decode_down(self, message: Message, visit: Visit) -> Message:
         for layer in self._small.values():
             if layer.rows is not None:
-                layer.rows.copy_(draw_rows(visit, layer.leader, layer.whole, len(layer.rows)))
+                layer.rows.copy_(draw_rows(visit, layer.rows_as, layer.whole, len(layer.rows)))
         return message
 
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
         entries: dict[str, Any] = dict(message)
         for path, pick in self._picks(visit).items():
             layer, u, v = self._layers[path], f"{path}.u", f"{path}.v"
+            self._check(path, pick, message)
             if u in message or v in message:
-                self._check(path, pick, message)
                 entries[u] = place(message[u], (layer.outputs, layer.rank), pick.rows, pick.kernels)
                 entries[v] = place(message[v], (layer.rank, *message[v].shape[1:]), pick.kernels)
             if pick.rows is not None:
@@ -226,6 +229,8 @@ class PrismSampling(Plugin):
         total, covered = dict(total), []
         for path, (u, v, _) in self._factors.items():
             if f"{path}.u" not in total:
+                if self._model.get_submodule(path).weight.requires_grad:  # else it is frozen
+                    covered.append(0.0)
                 continue
             change_u, change_v = total.pop(f"{path}.u"), total.pop(f"{path}.v")
             if isinstance(change_v, tuple):
@@ -254,7 +259,7 @@ class PrismSampling(Plugin):
 
     def _mark(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
-            layer.u._own_decay = layer.v._own_decay = 0.0
+            layer.u._own_decay = layer.v._own_decay = OwnDecay(partial(_decay_of_product, layer))
 
     def _sample(self, on: bool) -> None:
         for module in self._changed:
@@ -274,7 +279,7 @@ class PrismSampling(Plugin):
             rows = module.rows.new_tensor(range(layer.outputs)) if pick.rows is None else pick.rows
             module.begin(self._factors.pop(path), pick.kernels, rows, visit.round)
         if drawn:
-            follow(self._model, self._followed)
+            follow(self._model, self._copies)
         self._resting = []
         for module in self._changed:
             self._resting += [(parameter, rows, parameter.detach()[rows]) for parameter, rows in idle(module)]
@@ -304,14 +309,16 @@ class PrismSampling(Plugin):
             kernels = torch.arange(size)
         else:
             kernels = factors.draw(odds.cpu(), size, generator(visit.seed, visit.round, visit.client, "kernels", path))
-        rows = draw_rows(visit, path, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
+        rows = draw_rows(visit, layer.rows_as, layer.outputs, layer.rows_at(keep)) if layer.samples_rows else None
         device = odds.device
         return Pick(kernels.to(device), None if rows is None else rows.to(device))
 
     def _check(self, path: str, pick: Pick, message: Mapping[str, Any]) -> None:
         rows = self._layers[path].outputs if pick.rows is None else len(pick.rows)
         whole: Any = self._model.get_submodule(path)
-        for name, shape in ((f"{path}.u", (rows, len(pick.kernels))), (f"{path}.v", (len(pick.kernels), *whole.weight.shape[1:]))):
+        of_factors = {f"{path}.u": (rows, len(pick.kernels)), f"{path}.v": (len(pick.kernels), *whole.weight.shape[1:])}
+        shapes: dict[str, tuple[int, ...]] = of_factors if of_factors.keys() & message.keys() else {}
+        for name, shape in {**shapes, **dict.fromkeys(self._per_row(self._layers[path], path, message), (rows,))}.items():
             given = tuple(message[name].shape) if name in message else "nothing"
             if given != shape:
                 raise ValueError(f"{name}: the client holds a part of shape {shape}, and sent {given}")
@@ -320,3 +327,23 @@ class PrismSampling(Plugin):
         """Entries that have one figure for each of the layer's rows."""
         norm = [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")] if layer.norm else []
         return [name for name in (f"{path}.bias", *norm) if name in message]
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    norms = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.running_mean is not None
+    ]
+    if norms:
+        warnings.warn(
+            f"batch norm's running statistics ({norms[0]}, {len(norms)} in all) are gathered by sub-models and do not fit the whole model "
+            'that is evaluated: use group norm where a backbone offers it (norm="group" in those of ssl_models), or gather them anew, as '
+            "torch.optim.swa_utils.update_bn(loader, model) does, before you evaluate what depends on them",
+            stacklevel=3,
+        )
+
+
+def _decay_of_product(layer: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    of_u, of_v = factors.decay(layer.u.detach(), layer.v.detach().flatten(1), 1.0)
+    return [(layer.u, of_u), (layer.v, of_v.view_as(layer.v))]

@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from featherlight.plugins.factors import Factors
 from featherlight.plugins.principal import Layer
-from featherlight.plugins.sampled_layers import LAYERS, NORMS, SampledBatchNorm, SampledConv2d, SampledGroupNorm, SampledLinear
+from featherlight.plugins.sampled_layers import (
+    LAYERS,
+    NORMS,
+    SampledBatchNorm,
+    SampledConv2d,
+    SampledGroupNorm,
+    SampledLinear,
+    keep_out_fast_path,
+)
 
 BROUGHT = ("u_before", "v_before", "rows", "drawn_in")
 
@@ -91,7 +99,7 @@ class InPlaceLinear(InPlace, SampledLinear):
         return super().forward(x) if self.sampling else F.linear(x, self.whole_weight(), self.bias)
 
     def apply_factors(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.v), self.u, None if self.bias is None else self.bias[self.rows])
+        return F.linear(F.linear(x, self.columns(x)), self.u, None if self.bias is None else self.bias[self.rows])
 
 
 class InPlaceBatchNorm(SampledBatchNorm):
@@ -151,17 +159,16 @@ def sample_in_place(model: nn.Module, layers: dict[str, Layer], keep: float) -> 
         module.register_buffer("v_before", torch.zeros_like(module.v.detach()))
         module.register_buffer("rows", torch.arange(rows, device=weight.device))
         module.register_buffer("drawn_in", torch.tensor(-1, device=weight.device))
-        module.leader, module.whole, module.compact = layer.leader, layer.outputs, layer.norm is not None
+        module.whole, module.compact = layer.outputs, layer.compact
+        module.before = (model.get_submodule(layer.takes),) if layer.takes else ()
         module._trains = weight.requires_grad
         weight.requires_grad_(False)
-        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            module._keep_out = module.register_forward_pre_hook(_nothing)
+        module._keep_out = keep_out_fast_path(model, path)
         changed.append(module)
         if layer.norm is not None:
             norm: Any = model.get_submodule(layer.norm)
             norm.__class__ = _IN_PLACE[NORMS[type(norm)]]
-            norm.leader, norm.whole = layer.leader, layer.outputs
-            norm.register_buffer("rows", module.rows, persistent=False)  # the layer's own: one tensor, filled once
+            norm.behind, norm.whole = (module,), layer.outputs
             changed.append(norm)
     return changed
 
@@ -174,19 +181,15 @@ def make_whole(module: Any) -> None:
         module.weight.requires_grad_(module._trains)  # type: ignore[attr-defined]
         for name in ("u", "v", *BROUGHT):
             delattr(module, name)
-        del module.compact, module._trains  # type: ignore[attr-defined]
+        del module.compact, module.before, module._trains  # type: ignore[attr-defined]
         if hook := module.__dict__.pop("_keep_out", None):
             hook.remove()
     else:
-        del module.rows
-    del module.leader, module.whole
+        del module.behind
+    del module.whole
     module.__dict__.pop("sampling", None)
     ordinary = next(base for base in type(module).__mro__ if base in (*LAYERS, *NORMS))
     module.__class__ = ordinary
-
-
-def _nothing(module: nn.Module, inputs: Any) -> None:
-    """A hook whose presence keeps torch's fast path of inference away, which reads W past the layer's forward."""
 
 
 def idle(module: Any) -> list[tuple[nn.Parameter, Tensor]]:

@@ -6,6 +6,7 @@ Beside a layer that puts out some of its channels only, a norm that normalises t
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 class Sampled:
     """Mixed in before a layer's own class: it has factors ``u`` (n, r) and ``v`` (r, I, …) and no ``weight``, or besides it.
 
-    Its outputs are the channels in ``rows`` (n,). They are handed on alone where a norm behind takes them so (``compact``), else
-    among zeros for the rest.
+    Its outputs are the channels in ``rows`` (n,). They are handed on alone where what is behind takes them so (``compact``), else
+    among zeros for the rest. ``before`` is the layer whose outputs it takes alone, if there is one, in a tuple, which does not register it.
     """
 
     u: nn.Parameter
@@ -26,6 +27,7 @@ class Sampled:
     rows: Tensor | None
     whole: int
     compact: bool
+    before: tuple[Any, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.apply_factors(x)  # type: ignore[attr-defined]
@@ -49,14 +51,25 @@ class SampledLinear(Sampled, nn.Linear):
     channel_axis = -1
 
     def apply_factors(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.v), self.u, self.bias)
+        return F.linear(F.linear(x, self.columns(x)), self.u, self.bias)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Of v those for ``x``, which has all inputs or those of the layer before that were drawn."""
+        if self.before and x.shape[-1] != self.v.shape[1]:
+            return self.v.index_select(1, self.before[0].rows)
+        return self.v
 
 
 class SampledNorm:
-    """Mixed in before a norm's own class: normalises the channels in ``rows`` alone, and puts them among zeros for the rest."""
+    """Mixed in before a norm's own class: normalises the channels that ``behind``, its layer, puts out, among zeros for the rest."""
 
-    rows: Tensor
+    behind: tuple[Any]  # in a tuple, a module is not registered a second time
     whole: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Those channels, (n,): the layer's own tensor, wherever it was moved."""
+        return self.behind[0].rows
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != len(self.rows):
@@ -149,6 +162,9 @@ def _group_means(figure: Tensor, group: Tensor, groups: int) -> Tensor:
     return (figure.new_zeros(len(figure), groups).index_add_(1, group, figure) / there)[:, group]
 
 
+BY_CHANNEL = re.compile(r"(ReLU6?|ELU|SiLU|Mish|[Ss]wish|Tanh|[Ss]igmoid|Softplus|Dropout|Dropout2d|Identity|Pool2d)$")
+"""Classes of modules whose outputs of a channel are made of that channel alone."""
+
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: SampledConv2d, nn.Linear: SampledLinear}
 NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: SampledBatchNorm, nn.GroupNorm: SampledGroupNorm}
 
@@ -171,14 +187,50 @@ def sampled_norms(model: nn.Module) -> dict[str, Any]:
 def norm_behind(parent: nn.Module, layer: str) -> str | None:
     """The name of the norm that ``parent`` registers right behind its convolution ``layer``, if it normalises that one's channels.
 
-    Modules without parameters in between (activations) do not count.
+    Activations, dropout and pooling in between do not count. None where that is not the only reading: another norm of these channels
+    follows it, or a pointwise convolution from the same inputs to as many channels has no norm of its own, so that this one may be of
+    their sum.
     """
     names = list(parent._modules)
     for name in names[names.index(layer) + 1 :]:
         module = parent._modules[name]
         if type(module) in NORMS:
-            channels = module.num_features if isinstance(module, nn.BatchNorm2d) else module.num_channels  # type: ignore[union-attr]
-            return name if channels == parent._modules[layer].out_channels else None  # type: ignore[union-attr]
-        if module is not None and any(True for _ in module.parameters()):
+            rest = [parent._modules[other] for other in names[names.index(name) + 1 :]]
+            outputs = parent._modules[layer].out_channels  # type: ignore[union-attr]
+            rival = next((other for other in rest if other is not None and not BY_CHANNEL.search(type(other).__name__)), None)
+            if _channels(module) != outputs or (type(rival) in NORMS and _channels(rival) == outputs):
+                return None
+            return None if any(_beside(parent, layer, other) for other in names) else name
+        if module is not None and (not BY_CHANNEL.search(type(module).__name__) or any(True for _ in module.parameters())):
             return None
     return None
+
+
+def _beside(parent: nn.Module, layer: str, other: str) -> bool:
+    """Whether ``other`` may be a shortcut beside the convolution ``layer``, added before the norm."""
+    one, two = parent._modules[layer], parent._modules[other]
+    if not isinstance(one, nn.Conv2d) or not isinstance(two, nn.Conv2d) or two.kernel_size != (1, 1) or one.kernel_size == (1, 1):
+        return False
+    names = list(parent._modules)
+    behind = next((parent._modules[name] for name in names[names.index(other) + 1 :] if parent._modules[name] is not None), None)
+    alike = (one.in_channels, one.out_channels) == (two.in_channels, two.out_channels)
+    return alike and one.in_channels != one.out_channels and type(behind) not in NORMS
+
+
+def _channels(norm: Any) -> int:
+    return norm.num_features if isinstance(norm, nn.BatchNorm2d) else norm.num_channels
+
+
+def keep_out_fast_path(model: nn.Module, path: str) -> Any:
+    """In torch's transformer, keep its fast path of inference, which reads W past the layer's forward, from the layer at ``path``.
+
+    Returns:
+        The handle of a hook, or None where nothing was to be done.
+    """
+    if not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        return None
+    return model.get_submodule(path).register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """A hook whose presence is enough."""

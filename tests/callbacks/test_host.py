@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -97,6 +98,13 @@ def test_a_checkpoint_is_evaluated_at_its_own_stage_and_has_the_module_s_keys(to
     assert same_trainer == after
     (full_depth,) = make_trainer(*callbacks()).test(other, loader, verbose=False)
     assert full_depth["loss"] != pytest.approx(during.item())
+
+
+def test_a_checkpoint_of_weights_alone_has_no_adapters(toy, loader, make_trainer, tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    trainer = make_trainer(ProgressiveGrowth(**BLOCKS, periods_per_stage=[2, 1, 1]), saving, enable_checkpointing=True, max_epochs=1)
+    trainer.fit(toy(encoder=Widening), loader)
+    toy(encoder=Widening).load_state_dict(torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])

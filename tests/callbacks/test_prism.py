@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightly.utils.lars import LARS
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from featherlight.callbacks import CostMonitor, LayerFreezing, PrismSampling
+from featherlight.callbacks import CostMonitor, IntrinsicProjection, LayerFreezing, PrismSampling
 from featherlight.plugins.sampled_layers import Sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:batch norm's running statistics")
@@ -166,6 +166,35 @@ def test_decay_acts_on_the_product(grouped, loader, make_trainer):
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_optimizers_the_one_that_steps_decays(order, grouped, loader, make_trainer):
+    steps = []
+
+    class Two(type(grouped())):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            rest = [value for name, value in self.named_parameters() if not name.startswith("head")]
+            return [torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(rest, 0.1, weight_decay=0.3)]
+
+        def training_step(self, batch, batch_idx):
+            layer, optimizers = self.encoder.blocks[0][0], self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(0.0 * super().training_step(batch, batch_idx))
+            u, v = layer.u.detach().clone(), layer.v.detach().flatten(1).clone()
+            for index in order:
+                optimizers[index].step()
+            torch.testing.assert_close(layer.u.detach(), u - 0.1 * 0.3 * u @ v @ v.T)
+            torch.testing.assert_close(layer.v.detach().flatten(1), v - 0.1 * 0.3 * u.T @ u @ v)
+            steps.append(order)
+
+    make_trainer(PrismSampling(keep=0.5), max_epochs=1).fit(Two(encoder=GroupNormed), loader)
+    assert len(steps) == 3
+
+
 def test_a_momentum_copy_samples_as_its_twin(byol, loader, make_trainer):
     def look(module, epoch):
         for online, target in zip(module.encoder.modules(), module.target.modules()):
@@ -176,6 +205,28 @@ def test_a_momentum_copy_samples_as_its_twin(byol, loader, make_trainer):
     model = byol(encoder=GroupNormed)
     make_trainer(PrismSampling(keep=0.5), watching(look)).fit(model, loader)
     assert not any(parameter.requires_grad for parameter in model.target.parameters())
+
+
+def test_of_a_momentum_copy_the_layers_that_are_taken_apart_begin_anew(byol, loader, make_trainer):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                online, target = pl_module.encoder.state_dict(), pl_module.target.state_dict()
+                seen.append({name for name in online if not torch.equal(online[name], target[name])})
+
+    make_trainer(PrismSampling(keep=0.5), Look(), max_epochs=2).fit(byol(encoder=GroupNormed), loader)
+    assert not seen[0]
+    assert "stem.weight" in seen[1]
+    assert not {name for name in seen[1] if name.startswith(("blocks.0.0.", "blocks.1.0."))}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_projection_on_a_subspace_it_is_refused(first, grouped, loader, make_trainer):
+    callbacks = [PrismSampling(keep=0.5), IntrinsicProjection(dim=16)]
+    with pytest.raises(ValueError, match=r"IntrinsicProjection needs the same parameters in every period, and PrismSampling trains others"):
+        make_trainer(*(callbacks if first else callbacks[::-1])).fit(grouped(), loader)
 
 
 def test_with_layer_freezing(grouped, loader, make_trainer, snapshots):
@@ -307,6 +358,17 @@ def test_an_ordinary_state_may_be_loaded_while_it_trains(grouped, loader, make_t
     make_trainer(PrismSampling(keep=0.5), Load(), max_epochs=1).fit(model, loader)
     assert len(seen) == 1
     assert torch.equal(model.encoder.blocks[0][0].weight, loaded["encoder.blocks.0.0.weight"])
+
+
+def test_a_checkpoint_of_weights_alone_is_an_ordinary_module_s(grouped, loader, make_trainer, tmp_path, same_state):
+    saving = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    model = grouped()
+    make_trainer(PrismSampling(keep=0.5), saving, enable_checkpointing=True, max_epochs=2).fit(model, loader)
+    state = torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"]
+    assert list(state) == list(grouped().state_dict())
+    other = grouped()
+    other.load_state_dict(state)
+    same_state(other.state_dict(), model.state_dict())
 
 
 class Encoder(nn.Module):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lightning.fabric.plugins import Precision
-from torch import nn
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision, Precision
 
 from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.predict import predict
@@ -51,15 +51,9 @@ def test_order_of_a_step_and_its_result_by_hand(net, hooked, points):
     noted, module, plain, batch = [], hooked(), net(), points([4]).batches(0)[0]
     module.noted = noted
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-
-    def clip(model, given):
-        assert (model, given) == (module, optimizer)
-        noted.append("clip")
-        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-
-    step = LocalStep(Chain([Watch(noted)]), Precision(), clip=clip)
+    step = LocalStep(Chain([Watch(noted)]), Precision(), clip=0.01)
     loss = step(module, optimizer, batch, Clock(0, 0))
-    assert noted == ["before_forward", "extra_loss", "after_backward", "clip", "after_update", "after_optimizer_step", "after_step"]
+    assert noted == ["before_forward", "extra_loss", "after_backward", "after_update", "after_optimizer_step", "after_step"]
     wanted = plain.training_step(batch, 0) + plain.stem.bias.sum()
     wanted.backward()
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
@@ -79,6 +73,38 @@ def test_one_step_serves_models_of_several_sizes(net, points):
         step(module, torch.optim.SGD(module.parameters(), 0.1), batch, Clock(0, 0))
         moved = {name for name, value in module.named_parameters() if not torch.equal(value, before.get_parameter(name))}
         assert {"stem.weight", "head.weight", *(f"blocks.{index}.linear.weight" for index in range(blocks))} <= moved
+
+
+class Seen(Plugin):
+    """Notes the gradients' norm, and halves them."""
+
+    def attach(self, model):
+        self._model = model
+
+    def after_backward(self, clock):
+        self.norm = torch.stack([value.grad.norm() for value in self._model.parameters()]).norm()
+        for value in self._model.parameters():
+            value.grad /= 2
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_a_loss_scaler_is_seen_by_nobody(clip, net, points):
+    """What float16 under autocast leaves of the gradients, with a factor of 2¹⁶ on the loss."""
+    found = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]):
+        seen, module = Seen(), net()
+        seen.attach(module)
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+        before = [value.detach().clone() for value in module.parameters()]
+        module, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), 1.0))
+        LocalStep(Chain([seen]), fabric.strategy.precision, fabric.backward, clip)(
+            module.module, optimizer, points([4]).batches(0)[0], Clock(0)
+        )
+        step = torch.stack([(old - new.detach()).norm() for old, new in zip(before, module.parameters())]).norm()
+        found.append((float(seen.norm), float(step)))
+        if clip is not None:
+            assert float(step) == pytest.approx(clip, rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 class Gradients(Plugin):

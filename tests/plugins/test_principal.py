@@ -20,14 +20,15 @@ def auto(model, attention=False, rows=True):
 
 
 def tree(*paths, linear=None):
-    """A module with linear layers at ``paths``."""
+    """A module with linear layers at ``paths``; blocks are numbered members of a Sequential, and there are two."""
     root = nn.Module()
+    paths = [path.replace("0", str(block), 1) for block in (0, 1) for path in paths if block == 0 or "0" in path]
     for path in paths:
         *parents, name = path.split(".")
         module = root
         for parent in parents:
             if parent not in module._modules:
-                module.add_module(parent, nn.Module())
+                module.add_module(parent, nn.Sequential() if parent in ("h", "layer", "layers") else nn.Module())
             module = module.get_submodule(parent)
         module.add_module(name, (linear or nn.Linear)(4, 4))
     return root
@@ -57,8 +58,8 @@ def test_of_a_vision_transformer_the_mlps_and_if_asked_attention(make_vit):
     assert set(auto(model)) == mlps
     assert set(auto(model, attention=True)) == mlps | {f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")}
     layers = auto(model, attention=True)
-    assert layers["blocks.0.mlp.fc1"] == Layer("blocks.0.mlp.fc1", None, 64, 16, True)
-    assert layers["blocks.1.mlp.fc2"] == Layer("blocks.1.mlp.fc2", None, 16, 16, True)
+    assert layers["blocks.0.mlp.fc1"] == Layer("blocks.0.mlp.fc1", None, 64, 16, True, given=True)
+    assert layers["blocks.1.mlp.fc2"] == Layer("blocks.1.mlp.fc2", None, 16, 16, True, takes="blocks.1.mlp.fc1")
     assert layers["blocks.1.attn.qkv"] == Layer("blocks.1.attn.qkv", None, 48, 16, True)
 
 
@@ -80,8 +81,55 @@ def test_of_a_vision_transformer_the_mlps_and_if_asked_attention(make_vit):
 )
 def test_how_transformers_name_their_layers(mlps, attention, whole):
     model = tree(*mlps, *attention, *whole)
-    assert set(auto(model)) == set(mlps)
-    assert set(auto(model, attention=True)) == set(mlps) | set(attention)
+    mlps, attention = ({path.replace("0", block, 1) for path in paths for block in "01"} for paths in (mlps, attention))
+    assert set(auto(model)) == mlps
+    assert set(auto(model, attention=True)) == mlps | attention
+
+
+class Mnist(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+        self.fc1, self.fc2 = nn.Linear(64, 32), nn.Linear(32, 10)
+
+
+def classifier(**modules):
+    """A network whose last layers are named as those of a transformer's MLP."""
+    root = nn.Module()
+    for name, module in modules.items():
+        root.add_module(name, module)
+    return root
+
+
+def mlp(*names):
+    return classifier(**{name: nn.Linear(16, 16) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("model", "apart"),
+    [
+        (Mnist(), {"conv2", "fc1"}),
+        (classifier(mlp=nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))), {"mlp.0"}),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), mlp("fc1", "fc2")), {"0", "1.fc1"}),
+        (classifier(conv=nn.Conv2d(4, 8, 3), aux1=mlp("fc1", "fc2"), aux2=mlp("fc1", "fc2")), {"conv", "aux1.fc1", "aux2.fc1"}),
+        (classifier(attn=mlp("qkv"), mlp=mlp("fc1", "fc2"), head=nn.Linear(16, 4)), {"mlp.fc1", "mlp.fc2"}),
+        (classifier(blocks=nn.ModuleList([mlp("fc1", "fc2"), mlp("fc1", "fc2")])), {f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)}),
+    ],
+    ids=["mnist", "mlp", "sequence", "auxiliary", "one block", "blocks"],
+)
+def test_classifiers_named_as_mlps_give_whole_answers(model, apart):
+    assert set(auto(model)) == apart
+
+
+def test_of_a_model_s_last_layer_all_rows_are_there():
+    """By itself; who names it is told."""
+    assert not auto(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)))["1"].samples_rows
+    assert auto(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(4, 4)))["1"].samples_rows
+    assert auto(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)))["1"].samples_rows
+    with pytest.warns(
+        UserWarning, match=r'layer "1" is the last of the model, .* is 0: .* leave it out of layers=\[\.\.\.\], or use rows=False'
+    ):
+        assert find_layers(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), "*", False, True, {})["1"].samples_rows
 
 
 def test_stems_grouped_and_pointwise_convolutions_stay_whole():
@@ -234,8 +282,18 @@ def conv(outputs=6):
         (Block(bn=nn.BatchNorm2d(6), conv=conv()), None, False),
         (Block(conv=conv(), convs=nn.ModuleList([conv(5)]), norms=nn.ModuleList([nn.GroupNorm(2, 6), nn.GroupNorm(1, 5)])), None, False),
         (Block(bn=nn.BatchNorm2d(4), conv=conv()), None, True),
+        # nor one behind what mixes channels, nor two
+        (Block(conv=conv(), shuffle=nn.ChannelShuffle(2), bn=nn.BatchNorm2d(6)), None, False),
+        (Block(conv=conv(), local=nn.LocalResponseNorm(3), bn=nn.BatchNorm2d(6)), None, False),
+        (Block(conv=conv(), one=nn.BatchNorm2d(6), other=nn.BatchNorm2d(6)), None, False),
+        (Block(conv=conv(), bn=nn.BatchNorm2d(6), shortcut=nn.Conv2d(4, 6, 1)), None, False),
+        (Block(conv=conv(), bn=nn.BatchNorm2d(6), shortcut=nn.Conv2d(4, 6, 1), other=nn.BatchNorm2d(6)), "block.bn", True),
+        (Block(conv=conv(), bn=nn.BatchNorm2d(6), another=nn.Conv2d(6, 6, 1)), "block.bn", True),
     ],
-    ids=["batch", "group", "none", "another's", "instance", "another width", "in front", "in a list", "the inputs'"],
+    ids=[
+        *("batch", "group", "none", "another's", "instance", "another width", "in front", "in a list", "the inputs'"),
+        *("shuffled", "local", "two", "of a sum", "of two branches", "of a chain"),
+    ],
 )
 def test_a_norm_pairs_with_the_layer_that_it_is_registered_right_behind(block, norm, samples_rows):
     model = Block(stem=nn.Conv2d(3, 4, 3), block=block)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import (
 
 from featherlight.plugins import Chain, Clock, DepthDropout, LayerFreezing, PrismSampling, Visit
 from featherlight.plugins.factors import factorise
-from featherlight.plugins.optimizer_state import hand_over_decay
+from featherlight.plugins.optimizer_state import decay, hand_over_decay
 from featherlight.plugins.sampled_layers import sampled_layers
 
 
@@ -75,7 +76,13 @@ def held_by(plugin, model, visit):
         ({"keep": {0.2: 1.5, 0.4: -0.5}}, r"must be above 0"),
         ({"power": -1}, r"power=-1: give 0 \(all kernels alike\) or more"),
         ({"power": float("nan")}, r"power=nan: give 0"),
-        ({"keep": {"0.2": 1.0}}, r"keep=.*: give a share above 0"),
+        ({"keep": {"0.2": 1.0}}, r"keep='0\.2': give a plain number, .* not a str"),
+        ({"keep": True}, r"keep=True: give a plain number, as 0\.2 or 1, not a bool"),
+        ({"keep": torch.tensor(0.2).numpy()[()]}, r"keep=.*: give a plain number, as 0\.2 or 1, not a float32"),
+        ({"keep": {0.2: "1"}}, r"keep='1': give a plain number"),
+        ({"power": "2"}, r"power='2': give a plain number"),
+        ({"warmup_periods": 1.5}, r"warmup_periods=1\.5: give 0 or more, a whole number"),
+        ({"warmup_periods": float("nan")}, r"warmup_periods=nan: give 0 or more, a whole number"),
         ({"keep": {0.2: float("nan"), 0.4: 1.0}}, r"must be above 0 and add up to 1"),
         ({"keep": {0.2: 0.0, 0.4: 1.0}}, r"must be above 0 and add up to 1"),
         ({"warmup_periods": -1}, r"warmup_periods=-1: give 0 or more"),
@@ -84,6 +91,41 @@ def held_by(plugin, model, visit):
 def test_mistakes_are_answered(arguments, says):
     with pytest.raises(ValueError, match=says):
         PrismSampling(**arguments)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_running_statistics_are_told_of(kind):
+    with pytest.warns(UserWarning, match=r'running statistics \(1, 1 in all\) .* use group norm where .*norm="group".*update_bn'):
+        PrismSampling(layers="0").attach(nn.Sequential(nn.Conv2d(4, 4, 3), kind(4)))
+
+
+def test_how_much_stays_whole_is_told():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 10))
+    with pytest.warns(UserWarning, match=r"takes apart 1 layers with 5% of the parameters; all others a client holds whole: name more"):
+        PrismSampling().attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PrismSampling().attach(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
+
+
+def test_attention_that_is_not_found_is_told_of():
+    model = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 64, dropout=0.0) for _ in range(2)])
+    plugin = PrismSampling(0.5, attention=True)
+    with pytest.warns(UserWarning, match=r"attention=True found no linear layers of attention"):
+        plugin.attach(model)
+    assert plugin.narrow(Visit(0))(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+
+
+@pytest.mark.filterwarnings("ignore:layers=")
+def test_torchvision_s_swin_keeps_attention_whole():
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer([2, 2], 8, [2], [2], [2, 2], num_classes=3)
+    plugin = PrismSampling(0.5, attention=True)
+    with pytest.warns(UserWarning, match=r"attention stays whole"):
+        plugin.attach(model)
+    assert plugin.narrow(Visit(0))(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    assert {path.rpartition(".")[2] for path in sampled_layers(plugin.narrow(Visit(0)))} == {"0", "3"}  # both layers of the MLPs
 
 
 def test_what_describes_a_run_is_the_arguments():
@@ -298,6 +340,16 @@ def test_lift_is_the_change_of_the_product(seed, masked_u, masked_v):
     assert plugin.figures()["kernel_coverage"] == pytest.approx(sum(covered) / 3)
 
 
+def test_of_a_layer_that_nobody_sent_no_kernel_is_covered():
+    """But for one that is frozen."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    model[2].weight.requires_grad_(False)
+    plugin = on_server(model, layers="*")
+    zeros = torch.zeros(4, 4, dtype=torch.float64)
+    plugin.lift({"0.u": zeros, "0.v": zeros}, Clock(0))
+    assert plugin.figures()["kernel_coverage"] == 0.5
+
+
 def test_coverage_by_hand():
     """Kernels 0, 1 and 2 of 4 in one layer, all in the other: (3/4 + 1)/2."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -353,14 +405,15 @@ def test_factors_leave_the_optimizer_s_decay_and_keep_its_schedule(form, schedul
     scheduler_of_plain, scheduler = SCHEDULES[schedule](plain), SCHEDULES[schedule](optimizer)
     hand_over_decay(FORMS[form](optimizer, scheduler))
     factors = {id(value) for layer in sampled_layers(small).values() for value in (layer.u, layer.v)}
-    decay = {id(value): group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
+    after = {id(value): group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
     before = {id(value): group["weight_decay"] for group in plain.param_groups for value in group["params"]}
     assert len(factors) == 6
-    assert decay == {key: 0.0 if key in factors else value for key, value in before.items()}
+    assert after == {key: 0.0 if key in factors else value for key, value in before.items()}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
     for path, rate in (("0", 0.3), ("3", 0.3), ("6", 0.05)):
         layer = small.get_submodule(path)
-        assert layer.u._own_decay == layer.v._own_decay == rate
+        assert layer.u._own_decay is layer.v._own_decay
+        assert layer.u._own_decay.rate == rate
     for _ in range(12):
         assert rates(optimizer) == pytest.approx(rates(plain))
         for one, its in ((plain, scheduler_of_plain), (optimizer, scheduler)):
@@ -402,7 +455,7 @@ def test_decay_is_of_the_product_for_factors_and_of_themselves_for_the_rest():
     plugin.before_forward(Clock(0))
     optimizer.zero_grad()
     small(x).square().mean().backward()
-    plugin.after_backward(Clock(0))
+    decay(optimizer)
     optimizer.step()
     plugin.after_update(Clock(0))
     plugin.after_step(Clock(0))
@@ -411,9 +464,10 @@ def test_decay_is_of_the_product_for_factors_and_of_themselves_for_the_rest():
 
 
 def test_factors_without_gradients_are_not_decayed():
-    small, plugin = client_module()
-    hand_over_decay(SGD(small.parameters(), 0.1, weight_decay=0.4))
-    plugin.after_backward(Clock(0))
+    small, _ = client_module()
+    optimizer = SGD(small.parameters(), 0.1, weight_decay=0.4)
+    hand_over_decay(optimizer)
+    decay(optimizer)
     assert all(value.grad is None for value in small.parameters())
 
 
@@ -501,8 +555,11 @@ def test_a_second_model_gets_its_own_factors():
         (lambda m: m.update({"3.u": m["3.u"][:1]}), r"3\.u: the client holds a part of shape \(\d+, \d+\), and sent \(1, \d+\)"),
         (lambda m: m.update({"3.v": m["3.v"].flatten(1)}), r"3\.v: the client holds a part of shape"),
         (lambda m: m.pop("3.v"), r"3\.v: the client holds a part of shape .*, and sent nothing"),
+        (lambda m: m.update({"1.weight": torch.ones(3)}), r"1\.weight: the client holds a part of shape \(4,\), and sent \(3,\)"),
+        (lambda m: m.update({"1.bias": torch.ones(1)}), r"1\.bias: the client holds a part of shape \(4,\), and sent \(1,\)"),
+        (lambda m: m.update({"0.bias": torch.ones(4, 1)}), r"0\.bias: the client holds a part of shape \(4,\), and sent \(4, 1\)"),
     ],
-    ids=["rows", "flat", "missing"],
+    ids=["rows", "flat", "missing", "a norm's", "one of a norm's", "a bias"],
 )
 def test_an_update_of_another_shape_is_named(change, says):
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 6, 3))

@@ -1,6 +1,7 @@
 """Layers of sampled kernels and rows against dense layers with the same factors, masked after the norm."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_group_norm_is_a_loop_over_groups_of_the_channels_there(sizes, rows, aff
     whole, groups = sizes
     norm = nn.GroupNorm(groups, whole, affine=affine, eps=1e-3).double()
     norm.__class__ = SampledGroupNorm
-    norm.whole, norm.rows = whole, torch.tensor(rows)
+    norm.whole, norm.behind = whole, (SimpleNamespace(rows=torch.tensor(rows)),)
     torch.manual_seed(seed)
     if affine:
         norm.weight = nn.Parameter(torch.randn(len(rows), dtype=torch.float64))
@@ -251,7 +252,7 @@ def test_group_norm_in_low_precision_is_as_exact_as_torch_s(scale, offset, dtype
         theirs = theirs.to(dtype)
     ours = copy.deepcopy(theirs)
     ours.__class__ = SampledGroupNorm
-    ours.whole, ours.rows = 8, torch.arange(8)
+    ours.whole, ours.behind = 8, (SimpleNamespace(rows=torch.arange(8)),)
     along = torch.randn(4, 8, 16, 16, generator=random)
     found = []
     for norm in (ours, theirs):
