@@ -5,9 +5,8 @@
     python benchmarks/intrinsic_frontier.py --data FOLDER --width 64 --size 32 --images 50000 --clients 100 --cohort 10 --rounds 300
 
 ResNet-9 with group norm. Every way is given budgets: total bytes, both ways and all clients, of about 1/10, 1/30, … of what uncompressed
-FedAvg sends over as many rounds; what is drawn is what was really sent. Learning rates were tuned for every way by itself, over
-decades (RATES says which); --rates tries others, and of several the table and the picture take the best. Finished runs are kept in --out
-and not run again.
+FedAvg sends over as many rounds; what is drawn is what was really sent. RATES has each way's learning rate, and says how few were tried;
+--rates tries others, and of several the table and the picture take the best. Finished runs are kept in --out and not run again.
 
 Goal (arXiv 2112.02656 is the method's source): at 100× within 2 points of uncompressed, and ahead of FetchSGD and top-k at equal bytes.
 """
@@ -112,7 +111,7 @@ RATES: dict[str, list[tuple[float, float]]] = {
 """(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of
 0.01 and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; those of quantised,
 K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the plugin's
-default, d/D, moves a hundred times less than 1 does.
+default, √(d/D), lies between.
 """
 
 
