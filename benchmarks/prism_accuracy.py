@@ -141,7 +141,11 @@ def main() -> None:
     parser.add_argument("--method", choices=("supervised", "simclr"), default="supervised")
     parser.add_argument("--partition", choices=("both", "iid", "dirichlet"), default="both")
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=[WAYS[0], WAYS[1], WAYS[-1]], help="the first is what others are compared with"
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=("full model", "PriSM 0.2", "width slicing"),
+        help="the first is what others are compared with",
     )
     parser.add_argument("--backbone", choices=("resnet9", "resnet18_cifar"), default="resnet9")
     parser.add_argument("--out", type=Path, default=Path("runs/prism_accuracy.jsonl"))
