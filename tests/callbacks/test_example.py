@@ -100,7 +100,19 @@ def test_from_a_configuration_file(tmp_path):
 
 
 ARGUMENTS = {
-    LayerFreezing: {"blocks", "blocks_per_stage", "periods_per_stage", "init", "grow", "adapters", "stem", "tail", "targets", "seed"},
+    LayerFreezing: {
+        "blocks",
+        "blocks_per_stage",
+        "periods_per_stage",
+        "init",
+        "grow",
+        "adapters",
+        "stem",
+        "tail",
+        "targets",
+        "share_prefix",
+        "seed",
+    },
     ProgressiveGrowth: {
         "blocks",
         "blocks_per_stage",
@@ -111,6 +123,7 @@ ARGUMENTS = {
         "stem",
         "tail",
         "targets",
+        "share_prefix",
         "seed",
     },
     DepthDropout: {"blocks", "rate", "max_kept", "every", "scale", "targets", "seed"},

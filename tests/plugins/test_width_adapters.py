@@ -92,4 +92,4 @@ def test_no_adapters_where_nobody_wants_them(make_small_resnet, make_vit):
 def test_two_plugins_cannot_both_bring_adapters(make_small_resnet):
     model = make_small_resnet()
     with pytest.raises(ValueError, match="only one plugin may grow it"):
-        Chain([LayerFreezing(), LayerFreezing()]).attach(model)
+        Chain([LayerFreezing(["layer1", "layer2"]), LayerFreezing(["layer3", "layer4"])]).attach(model)
