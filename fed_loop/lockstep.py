@@ -80,7 +80,7 @@ class Lockstep:
         labels = divided.labels(partition.labels)
         up, arrived = self._travel(self.message(self._outs, labels))
         self._seconds, self._down = time.perf_counter() - started, 0
-        self._labels = labels
+        self._labels = divided.others  # the device's own, whatever of them travels
         self._received = self._decoded(arrived)
         given = iter(zip(self._calls, self._received))
         self._rear.give = lambda branch, rows: _next(given, branch, rows)
@@ -163,7 +163,7 @@ class Lockstep:
         if not labels:
             raise ValueError("the device's own head learns from labels, which these batches do not have")
         with self._precision.forward_context():
-            return [local(out, labels[0]) for out, (branch, _) in zip(outs, self._calls) if not branch]
+            return [local(out, labels[0].repeat(len(which))) for out, (branch, which) in zip(outs, self._calls) if not branch]
 
     def _backward(self, loss: Tensor) -> None:
         """The server's backward pass, then the device's."""

@@ -67,13 +67,14 @@ def give_views(activations: Sequence[Tensor]) -> Give:
 def passes(module: nn.Module, partition: Partition, batch: Any) -> list[tuple[str, tuple[int, ...]]]:
     """How a training step takes a batch through the front: for each pass, its branch and its views.
 
-    It is found out in evaluation mode, without gradients. Where tensors have data, it is made sure of.
+    It is found out in evaluation mode, without gradients, and leaves no buffer changed. Where tensors have data, it is made sure of.
 
     Raises:
         ValueError: the step takes something else through the front than the batch's views in order.
     """
     cut, views = partition.cut, DividedBatch.of(batch).views
     modes = [(inner, inner.training) for inner in module.modules()]
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()] if has_data(views[0]) else []
     module.eval()
     try:
         seen = cut.calls(lambda: module.training_step(batch, 0))  # type: ignore[operator]
@@ -95,6 +96,9 @@ def passes(module: nn.Module, partition: Partition, batch: Any) -> list[tuple[st
     finally:
         for inner, mode in modes:
             inner.training = mode
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def has_data(value: Tensor) -> bool:

@@ -98,10 +98,15 @@ class PartitionedTraining(Plugin):
         self.front_checkpoint, self.labels, self.classes = front_checkpoint, labels, classes
         self.stem, self.tail = stem, tail
         self._codec = ActivationCodec((8 if way == "replay" else WHOLE) if bits is None else bits, signed)
-        self._buffer = ReplayBuffer(buffer_bytes, None if buffer == "memory" else Path(buffer))
+        self._empty()
+
+    def _empty(self) -> None:
+        """As if nothing had been sent yet."""
+        self._buffer = ReplayBuffer(self.buffer_bytes, None if self.buffer == "memory" else Path(self.buffer))
 
     # -- the verbs ------------------------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
+        self._empty()  # what another run left is of another model's front
         self._model = model
         self._cut = Cut(model, self.cut, self.stem, self.tail, find_targets(model))
         self._trainable = [parameter for parameter in self._cut.parameters if parameter.requires_grad]
@@ -132,6 +137,7 @@ class PartitionedTraining(Plugin):
             parameter.requires_grad_(True)
         if self.way == "local_loss":
             delattr(self._model, HEAD)
+        del self._model, self._cut, self._trainable  # a copy of this plugin is not to have a copy of the model
 
     def partition(self, clock: Clock) -> Partition | None:
         if self.way == "classic":
@@ -142,7 +148,7 @@ class PartitionedTraining(Plugin):
         if self.way == "split":
             return Partition(self._cut, self._codec, gradients=True, labels=self.labels)
         head = self._model.get_submodule(HEAD)
-        return Partition(self._cut, self._codec, on_device=(HEAD, head), local_loss=self._local_loss, labels=True)
+        return Partition(self._cut, self._codec, on_device=(HEAD, head), local_loss=self._local_loss, labels=self.labels)
 
     def figures(self) -> dict[str, float]:
         if self.way != "replay":

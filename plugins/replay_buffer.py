@@ -53,7 +53,9 @@ class ReplayBuffer:
         Raises:
             ValueError: it alone is beyond the limit.
         """
-        self.note(client, round, len(message))
+        gone = self.note(client, round, len(message))
+        for other in gone:
+            self._discard(other)
         if self._folder is None:
             self._messages[client] = message
         else:
@@ -66,14 +68,18 @@ class ReplayBuffer:
         """The client's message."""
         return self._messages[client] if self._folder is None else self._path(client).read_bytes()
 
-    def note(self, client: int, round: int, size: int) -> None:
-        """Account for a message of ``size`` bytes, and let older ones go; enough for a prediction, which has no messages."""
+    def note(self, client: int, round: int, size: int) -> list[int]:
+        """Account for a message of ``size`` bytes; returns the clients whose messages must go for it. Enough for a prediction, which has no
+        messages, and must not touch those of a run."""
         if size > self.limit:
             raise ValueError(f"client {client} sends {size} bytes, but buffer_bytes={self.limit} is all there is: give {size} or more")
         self._index.pop(client, None)
+        gone = []
         while self.nbytes + size > self.limit:
-            self._drop(min(self._index, key=lambda other: (self._index[other][0], other)))
+            gone.append(min(self._index, key=lambda other: (self._index[other][0], other)))
+            del self._index[gone[-1]]
         self._index[client] = round, size
+        return gone
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the content too: messages as uint8 tensors, from disk without reading them into memory."""
@@ -81,7 +87,8 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for client in self.clients:
-            self._drop(client)
+            del self._index[client]
+            self._discard(client)
         for number, kept in state.items():
             self.put(int(number), kept["round"], kept["message"].numpy().tobytes())
 
@@ -90,8 +97,7 @@ class ReplayBuffer:
             return torch.frombuffer(bytearray(self._messages[client]), dtype=torch.uint8)
         return torch.from_file(str(self._path(client)), size=self._index[client][1], dtype=torch.uint8)
 
-    def _drop(self, client: int) -> None:
-        del self._index[client]
+    def _discard(self, client: int) -> None:
         self._messages.pop(client, None)
         if self._folder is not None:
             self._path(client).unlink(missing_ok=True)

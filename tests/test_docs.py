@@ -159,9 +159,11 @@ def test_no_block_is_passed_over():
 def test_every_method_has_a_page_with_code_and_a_configuration():
     text = {path.name: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
     for method in table.methods(plugins, plugins.Plugin):
-        (page, *_) = [name for name, own in text.items() if f"class_path: {method}\n" in own] or pytest.fail(f"no page configures {method}")
-        assert re.search(rf"```python\n(?:(?!```).)*\b{method}\(", text[page], re.DOTALL), f"{page} shows no Python with {method}"
-        assert "**Equation.**" in text[page]
+        configured = {name: own for name, own in text.items() if f"class_path: {method}\n" in own}
+        assert configured, f"no page configures {method}"
+        shown = [own for own in configured.values() if re.search(rf"```python\n(?:(?!```).)*\b{method}\(", own, re.DOTALL)]
+        assert shown, f"{', '.join(configured)}: no Python with {method}"
+        assert any("**Equation.**" in own for own in shown)
 
 
 # -- what pages name ----------------------------------------------------------------------------------------------------
