@@ -204,9 +204,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damage, net, poi
     again = federation(4, folder=tmp_path).run(module, points([8, 8]), resume=True)
     federation(4).run(whole, points([8, 8]))
     same(module.state_dict(), whole.state_dict())
-    said = " ".join(capsys.readouterr().err.split())
-    assert "round-000003.ckpt cannot be read: damaged" in said
-    assert "going on from the newest that can be read, round-000002.ckpt" in said
+    said = "".join(capsys.readouterr().err.split())  # a long path breaks lines anywhere
+    assert "round-000003.ckptcannotberead:damaged" in said
+    assert "goingonfromthenewestthatcanberead,round-000002.ckpt" in said
     assert not (tmp_path / "witness").exists()
     assert (tmp_path / "round-000003.ckpt.damaged").read_bytes() == bad
     assert checkpoint.read(newest)["round"] == 3  # written anew
