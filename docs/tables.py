@@ -29,7 +29,7 @@ from featherlight.ssl_models import ImageData
 PAGES = Path(__file__).parent
 NEEDED: dict[str, dict[str, Any]] = {
     "FetchSGD": {"columns": 32, "k": 8},
-    "IntrinsicProjection": {"dim": 16, "known_start": True},
+    "IntrinsicProjection": {"dim": 16},
     "MOON": {"through": ("norm", "head")},
     "PartitionedTraining": {"cut": "blocks.0"},
     "PrismSampling": {"keep": 0.5},
