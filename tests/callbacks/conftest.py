@@ -92,6 +92,34 @@ def tensors(samples=12):
     return torch.randn(samples, 1, 6, 6, generator=random), torch.randint(0, 3, (samples,), generator=random)
 
 
+class Positioned:
+    """Batches of four in a fixed order; knows where it is, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, loader):
+        self.batches, self.position = list(loader), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start, self.position = self.position % len(self), self.position % len(self)
+        for batch in self.batches[start:]:
+            self.position += 1
+            yield batch
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@pytest.fixture
+def positioned(loader):
+    """A loader anew."""
+    return lambda: Positioned(loader)
+
+
 @pytest.fixture
 def loader():
     """Three batches of four, always in the same order."""

@@ -36,7 +36,7 @@ def train(folder, said=None):
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plugins = resume.METHODS["two epochs a stage"]()
     trainer = pl.Trainer(accelerator="cpu", max_epochs=6, callbacks=[*plugins, saving, Say()], **silent)
-    model, loader = toys.Byol(), resume.Loader(DataLoader(TensorDataset(*toys.tensors()), 4))
+    model, loader = toys.Byol(), toys.Positioned(DataLoader(TensorDataset(*toys.tensors()), 4))
     trainer.fit(model, loader, ckpt_path=last if last.exists() else None)
     torch.save(model.state_dict(), folder / "done.pt")
 

@@ -183,13 +183,13 @@ def test_half_precision_stays_in_the_subspace(gain, toy, loader, make_trainer):
     assert all(value.dtype == torch.bfloat16 for value in model.parameters())
 
 
-def test_half_precision_resumed(toy, loader, make_trainer, same_state, tmp_path):
+def test_half_precision_resumed(toy, loader, make_trainer, same_state, tmp_path, positioned):
     saving, whole = SaveAlways(tmp_path), toy()
-    make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), saving, precision="bf16-true").fit(whole, Loader(loader))
+    make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), saving, precision="bf16-true").fit(whole, positioned())
     for path in saving.paths[2:9:3]:
         resumed = toy()
         trainer = make_trainer(IntrinsicProjection(dim=20, periods_per_span=2), precision="bf16-true")
-        trainer.fit(resumed, Loader(loader), ckpt_path=path)
+        trainer.fit(resumed, positioned(), ckpt_path=path)
         same_state(resumed.state_dict(), whole.state_dict())
 
 
@@ -211,28 +211,6 @@ class SaveAlways(pl.Callback):
         self.save(trainer, "end")
 
 
-class Loader:
-    """Batches of four in a fixed order; knows where it is."""
-
-    def __init__(self, loader):
-        self.batches, self.position = list(loader), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        start, self.position = self.position % len(self), self.position % len(self)
-        for batch in self.batches[start:]:
-            self.position += 1
-            yield batch
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
-
-
 METHODS = {
     "static": lambda: [IntrinsicProjection(dim=20)],
     "time-varying": lambda: [IntrinsicProjection(dim=20, periods_per_span=2, projection="sparse_signs")],
@@ -241,14 +219,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_is_uninterrupted(method, toy, loader, make_trainer, same_state, tmp_path):
+def test_resumed_is_uninterrupted(method, toy, loader, make_trainer, same_state, tmp_path, positioned):
     """After every batch and at every epoch's end; which subspace comes next depends on how many there were."""
     saving, whole = SaveAlways(tmp_path), toy()
-    make_trainer(*METHODS[method](), saving).fit(whole, Loader(loader))
+    make_trainer(*METHODS[method](), saving).fit(whole, positioned())
     assert len(saving.paths) == 12
     for path in saving.paths[1:-1:2]:
         resumed = toy()
-        make_trainer(*METHODS[method]()).fit(resumed, Loader(loader), ckpt_path=path)
+        make_trainer(*METHODS[method]()).fit(resumed, positioned(), ckpt_path=path)
         same_state(resumed.state_dict(), whole.state_dict())
 
 

@@ -34,7 +34,7 @@ def test_an_epoch_begins_where_it_is_pulled_to(toy, loader, make_trainer):
     assert not torch.equal(whole["head.weight"], plain["head.weight"])
 
 
-def test_resumed_within_an_epoch(toy, loader, make_trainer, same_state, tmp_path):
+def test_resumed_within_an_epoch(toy, loader, make_trainer, same_state, tmp_path, positioned):
     """The model that the epoch began with is in the checkpoint, and evaluation in between changes nothing."""
     whole, resumed = toy(), toy()
     paths = []
@@ -45,28 +45,9 @@ def test_resumed_within_an_epoch(toy, loader, make_trainer, same_state, tmp_path
             paths.append(tmp_path / f"{len(paths)}.ckpt")
             trainer.save_checkpoint(paths[-1])
 
-    class Loader:
-        def __init__(self):
-            self.batches, self.position = list(loader), 0
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __iter__(self):
-            start, self.position = self.position % len(self), self.position % len(self)
-            for batch in self.batches[start:]:
-                self.position += 1
-                yield batch
-
-        def state_dict(self):
-            return {"position": self.position}
-
-        def load_state_dict(self, state):
-            self.position = state["position"]
-
-    make_trainer(*methods(), Save(show=False), max_epochs=2).fit(whole, Loader(), loader)
+    make_trainer(*methods(), Save(show=False), max_epochs=2).fit(whole, positioned(), loader)
     assert torch.load(paths[4], weights_only=True)["featherlight"]["state"]["0"]["received"].keys()
-    make_trainer(*methods(), CostMonitor(show=False), max_epochs=2).fit(resumed, Loader(), loader, ckpt_path=paths[4])
+    make_trainer(*methods(), CostMonitor(show=False), max_epochs=2).fit(resumed, positioned(), loader, ckpt_path=paths[4])
     same_state(resumed.state_dict(), whole.state_dict())
 
 

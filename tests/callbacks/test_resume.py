@@ -14,28 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from featherlight.callbacks import CostMonitor, DepthDropout, FreshStart, LayerFreezing, PrismSampling, ProgressiveGrowth
 
 
-class Loader:
-    """Batches of four in a fixed order; knows where it is, as torchdata's StatefulDataLoader does."""
-
-    def __init__(self, loader):
-        self.batches, self.position = list(loader), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        start, self.position = self.position % len(self), self.position % len(self)
-        for batch in self.batches[start:]:
-            self.position += 1
-            yield batch
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
-
-
 class SaveAlways(pl.Callback):
     """A checkpoint after every batch and every epoch."""
 
@@ -67,13 +45,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_state, tmp_path):
+def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_state, tmp_path, positioned):
     def model():
         return byol(dropout=0.5) if method != "fresh starts" else toy(dropout=0.5)
 
     def run(*more, ckpt_path=None):
         trained, cost = model(), CostMonitor(show=False)
-        make_trainer(*METHODS[method](), cost, *more).fit(trained, Loader(loader), ckpt_path=ckpt_path)
+        make_trainer(*METHODS[method](), cost, *more).fit(trained, positioned(), ckpt_path=ckpt_path)
         for row in (rows := cost.table.to_json())["rows"] + [rows["total"]]:
             del row["seconds"]
         return trained.state_dict(), rows
@@ -88,16 +66,16 @@ def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_
         assert resumed_cost == cost, path
 
 
-def test_resumed_with_max_steps(toy, loader, make_trainer, same_state, tmp_path):
+def test_resumed_with_max_steps(toy, loader, make_trainer, same_state, tmp_path, positioned):
     saving = SaveAlways(tmp_path)
     whole = toy()
-    make_trainer(*METHODS["freezing"](), saving, max_steps=8, max_epochs=-1).fit(whole, Loader(loader))
+    make_trainer(*METHODS["freezing"](), saving, max_steps=8, max_epochs=-1).fit(whole, positioned())
     within = [
         path for path in saving.paths[:-2] if "batch" in path.name
     ]  # at an epoch's end Lightning itself repeats that end's schedulers
     for path in within:
         resumed = toy()
-        make_trainer(*METHODS["freezing"](), max_steps=8, max_epochs=-1).fit(resumed, Loader(loader), ckpt_path=path)
+        make_trainer(*METHODS["freezing"](), max_steps=8, max_epochs=-1).fit(resumed, positioned(), ckpt_path=path)
         same_state(resumed.state_dict(), whole.state_dict())
 
 
