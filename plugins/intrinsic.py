@@ -14,7 +14,7 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.present import held
 from featherlight.plugins.projections import PROJECTIONS, Projection
 from featherlight.plugins.seeds import derive
-from featherlight.plugins.subspaces import PREFIX, Maps, Span
+from featherlight.plugins.subspaces import PREFIX, Maps, Span, step_bytes
 from featherlight.plugins.targets import find_targets
 
 GAINS = {"length": 0.5, "projection": 1.0, "unbiased": 0.0}
@@ -51,6 +51,9 @@ class IntrinsicProjection(Plugin):
         momentum: β of the server: v_k ← β·v_k + mean, Σ_k ← Σ_k + v_k for each k that was drawn. New subspaces begin with v = 0.
         serve: ``"changed"``: a client is sent the Σ_k that changed since it had them; ``"all"``: all K count as changed in every round,
             as in the paper's table.
+        down_bits: of a number of the steps that Σ takes, 2 to 8, where clients are to be sent those: rounded to the nearest, what is left
+            over added to the next step; a client that lacks so many that Σ itself is less gets that, in float32. 32: Σ always. For the
+            way up, put a :class:`Quantization` behind this plugin.
 
     Raises:
         ValueError: sizes out of range; in a federation, a server step other than the average, or weights that something else moved.
@@ -71,6 +74,7 @@ class IntrinsicProjection(Plugin):
         known_start: bool = True,
         momentum: float = 0.0,
         serve: Literal["changed", "all"] = "changed",
+        down_bits: int = 32,
     ) -> None:
         for name, value in (("dim", dim), ("subspaces", subspaces), ("periods_per_span", periods_per_span)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -91,6 +95,10 @@ class IntrinsicProjection(Plugin):
             raise ValueError(f"gain={gain}: give a number above 0")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: give 0 <= momentum < 1")
+        if down_bits != 32 and not (isinstance(down_bits, int) and 2 <= down_bits <= 8):
+            raise ValueError(f"down_bits={down_bits!r}: give 2 to 8, or 32 for float32")
+        if down_bits != 32 and serve == "all":
+            raise ValueError(f"down_bits={down_bits} sends the steps that clients lack, and serve='all' everything: leave one of them out")
         self.dim = dim
         self.subspaces = subspaces
         self.periods_per_span = periods_per_span
@@ -101,6 +109,7 @@ class IntrinsicProjection(Plugin):
         self.known_start = known_start
         self.momentum = momentum
         self.serve = serve
+        self.down_bits = down_bits
         self._alone = False
         self._forget()
 
@@ -183,30 +192,42 @@ class IntrinsicProjection(Plugin):
         """
         self._begin_round(visit)
         self._drawn.add(self._which(visit))
-        vectors: Message = {}
-        latest: set[str] = set()
-        for span in self._spans:
-            names = {which: f"{PREFIX}.{span.number}.{which}@{span.changed[which]}" for which in range(self.subspaces)}
-            for which, name in names.items():
-                if span.changed[which] >= 0:
-                    vectors[name] = span.sums[which].float()
-            latest = set(names.values())
+        owed = [self._owed(span, kept) for span in self._spans]
+        sums = {name: value for own, _ in owed for name, value in own.items()}
+        vectors = {name: value for _, sent in owed for name, value in sent.items()}
         covered = {name for span in self._spans for name in span.names}  # those of earlier spans are where these spans' vectors left them
         whole = {name: value for name, value in message.items() if name in covered}
         rest = {name: value for name, value in message.items() if name not in covered}
         start = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
-        missing = [name for name in vectors if name not in kept]
-        now = _bytes(vectors[name] for name in missing if name in latest)
-        earlier = _bytes(vectors[name] for name in missing if name not in latest)
+        earlier, now = (
+            _bytes(value for _, sent in some for name, value in sent.items() if name not in kept) for some in (owed[:-1], owed[-1:])
+        )
         model = _bytes(whole.values())
         stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
         if stranger or earlier >= model:
             absent = whole.keys() - held(self._model).keys()  # of blocks that this visit leaves out, and a later one may not
             apart = {f"{PREFIX}.{name}@{visit.round}": whole[name] for name in message if name in absent}
-            return message | start | apart | {name: value if name in latest else value.new_zeros(0) for name, value in vectors.items()}
+            latest = owed[-1][0]
+            return message | start | apart | {name: value if name in latest else value.new_zeros(0) for name, value in sums.items()}
         if now >= model:
-            return message | {name: value for name, value in (start | vectors).items() if name in kept}
+            return message | {name: value for name, value in (start | sums).items() if name in kept}
         return rest | start | vectors
+
+    def _owed(self, span: Span, kept: Collection[str]) -> tuple[Message, Message]:
+        """Of a span, the Σ_k that are not 0, float32, and what is sent in their place: themselves, or an empty one beside the steps from
+        the client's to them."""
+        sums: Message = {}
+        sent: Message = {}
+        for which in (which for which in range(self.subspaces) if span.changed[which] >= 0):
+            part = f"{PREFIX}.{span.number}.{which}"
+            name = f"{part}@{span.changed[which]}"
+            sums[name] = sent[name] = span.sums[which].float()
+            has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
+            steps = None if name in kept else span.since(which, has)
+            if steps is not None:
+                sent[name] = sums[name].new_zeros(0)
+                sent |= {f"{part}+{round}": code for round, code in steps.items()}
+        return sums, sent
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         """θ₀ + Σ_k A_k·Σ_k, for which a real client lifts what it was sent; a simulated one takes the server's, equal to rounding."""
@@ -260,6 +281,9 @@ class IntrinsicProjection(Plugin):
             self._drawn.add(which)
             if self.momentum:
                 step = span.velocity[which].mul_(self.momentum).add_(step)
+            if self.down_bits < 32:
+                step, code = span.quantise(which, step, self.down_bits)
+                span.keep(which, clock.period, code, self.down_bits)
             span.sums[which] += step
             span.position += self._map(span.number, which).lift(step.to(moved.dtype), out=moved)
         changes = self._split(moved.copy_(span.position))
@@ -323,6 +347,13 @@ class IntrinsicProjection(Plugin):
         if self._spans:
             for which in self._drawn if self.serve == "changed" else range(self.subspaces):
                 self._spans[-1].changed[which] = before
+                if self.down_bits < 32 and [which, before] not in self._spans[-1].steps:  # a prediction, which adds nothing up
+                    self._spans[-1].keep(
+                        which,
+                        before,
+                        self._spans[-1].sums.new_zeros(step_bytes(self.dim, self.down_bits), dtype=torch.uint8),
+                        self.down_bits,
+                    )
             self._drawn = set()
             due = self.periods_per_span is not None and visit.round // self.periods_per_span > before // self.periods_per_span
             if self._spans[-1].names == list(live) and not due:
@@ -338,8 +369,12 @@ class IntrinsicProjection(Plugin):
         sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=position.device)
         velocity = torch.zeros_like(sums if self.momentum else sums[:0])
         for span in self._spans:  # only their sums are needed any more, by those who were away
-            span.position, span.velocity = position.new_zeros(0), sums[:0].clone()
-        self._spans.append(Span(len(self._spans), list(live), size, position, sums, velocity, [-1] * self.subspaces))
+            span.position, span.velocity, span.unsent = position.new_zeros(0), sums[:0].clone(), sums[:0].clone()
+        unsent = torch.zeros_like(sums if self.down_bits < 32 else sums[:0])
+        never = [-1] * self.subspaces
+        self._spans.append(
+            Span(len(self._spans), list(live), size, position, sums, velocity, list(never), unsent, dropped=never if len(unsent) else [])
+        )
         self._maps.clear()
 
     def _map(self, span: int, which: int) -> Projection:

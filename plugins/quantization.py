@@ -97,7 +97,7 @@ class Quantization(Plugin):
             if not message[name].is_floating_point():
                 continue
             value = coded.pop(name)
-            scale, whole = self._quantised(value.detach(), random)
+            scale, whole = quantised(value.detach(), self.bits, random if self.rounding == "stochastic" else None)
             scales.append(scale)
             if self.bits == 8:
                 coded[f"{name}:8{mark}"] = whole.to(torch.int8)
@@ -105,18 +105,6 @@ class Quantization(Plugin):
                 shape = "x".join(map(str, value.shape))
                 coded[f"{name}:{self.bits}:{shape}{mark}"] = pack((whole + most(self.bits)).to(torch.uint8), self.bits)
         return {**coded, f"{SCALES}{mark}": torch.stack(scales)} if scales else coded
-
-    def _quantised(self, value: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """s, float32, and the whole numbers q."""
-        value = value if value.dtype == torch.float64 else value.float()
-        largest = value.abs().amax() if value.numel() else value.new_zeros(())
-        scale = (largest / most(self.bits)).float()
-        exact = value / torch.where(scale == 0, torch.ones_like(scale), scale).to(value.dtype)
-        if self.rounding == "nearest":
-            whole = exact.round()
-        else:
-            whole = (exact + torch.rand(value.shape, generator=random).to(value.device)).floor()
-        return scale, whole.nan_to_num(0, 0, 0).clamp(-most(self.bits), most(self.bits))  # NaN: the scale says it
 
 
 def _decoded(message: Message) -> Message:
@@ -140,6 +128,20 @@ def _decoded(message: Message) -> Message:
     for place, (name, whole) in enumerate(sorted(coded.items())):
         decoded[name] = whole * scales[place]  # type: ignore[index]
     return decoded
+
+
+def quantised(value: Tensor, bits: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """s, float32, and the whole numbers q of ``bits`` bits, of the value's type, with x ≈ s·q.
+
+    Args:
+        random: where to round up or down at random from; None: to the nearest.
+    """
+    value = value if value.dtype == torch.float64 else value.float()
+    largest = value.abs().amax() if value.numel() else value.new_zeros(())
+    scale = (largest / most(bits)).float()
+    exact = value / torch.where(scale == 0, torch.ones_like(scale), scale).to(value.dtype)
+    whole = exact.round() if random is None else (exact + torch.rand(value.shape, generator=random).to(value.device)).floor()
+    return scale, whole.nan_to_num(0, 0, 0).clamp(-most(bits), most(bits))  # NaN: the scale says it
 
 
 def most(bits: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from featherlight.plugins.projections import PROJECTIONS, Projection
+from featherlight.plugins.quantization import most, pack, quantised, unpack
 from featherlight.plugins.seeds import derive
 
 PREFIX = "intrinsic"
@@ -25,6 +26,9 @@ class Span:
         sums: Σ, (K, d), float64.
         velocity: what momentum made of past rounds, (K, d), float64; without momentum nothing.
         changed: the last round, before the one under way, in which each of the K changed; −1: none.
+        unsent: what quantised steps have left over of Σ, (K, d), float64; where steps are not quantised nothing.
+        steps: [which of the K, round] of the quantised steps that are kept; codes: their contents, uint8, (steps, bytes).
+        dropped: the last round of each of the K whose step is kept no more; −1: none.
     """
 
     number: int
@@ -34,6 +38,33 @@ class Span:
     sums: Tensor
     velocity: Tensor
     changed: list[int] = field(default_factory=list)
+    unsent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    steps: list[list[int]] = field(default_factory=list)
+    codes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
+    dropped: list[int] = field(default_factory=list)
+
+    def quantise(self, which: int, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """The step that Σ takes in place of ``step``, float64, (d,), and how it travels; what is left over goes to the next one."""
+        whole = step + self.unsent[which]
+        scale, numbers = quantised(whole, bits)
+        taken = numbers * scale.double()
+        self.unsent[which] = whole - taken
+        return taken, torch.cat([scale.view(1).view(torch.uint8), pack(numbers + most(bits), bits)])
+
+    def keep(self, which: int, round: int, code: Tensor, bits: int) -> None:
+        """Note a quantised step; so many are kept as together are fewer bytes than Σ in float32."""
+        self.codes = torch.cat([self.codes.view(-1, len(code)) if len(self.codes) else code[None, :][:0], code[None, :]])
+        self.steps.append([which, round])
+        own = [place for place, (of, _) in enumerate(self.steps) if of == which]
+        if len(own) * bits >= 32:
+            self.dropped[which] = self.steps.pop(own[0])[1]
+            self.codes = torch.cat([self.codes[: own[0]], self.codes[own[0] + 1 :]])
+
+    def since(self, which: int, round: int) -> dict[int, Tensor] | None:
+        """The steps that Σ of ``which`` took after ``round``, by their rounds; None where some of them are kept no more."""
+        if not self.dropped or self.dropped[which] > round:
+            return None
+        return {of: code for (place, of), code in zip(self.steps, self.codes) if place == which and of > round}
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors."""
@@ -47,6 +78,17 @@ class Span:
             value = state[name]
             own[name] = value.to(device, copy=True) if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
         return cls(**own)
+
+
+def step_bytes(dim: int, bits: int) -> int:
+    """Bytes of a quantised step: a scale, and ``dim`` numbers."""
+    return 4 + -(-dim // 8) * bits
+
+
+def step_of(code: Tensor, dim: int, bits: int) -> Tensor:
+    """A step, float64, (d,), from what travelled."""
+    scale = code[:4].clone().view(torch.float32).double()
+    return (unpack(code[4:], bits, dim) - most(bits)) * scale
 
 
 class Maps:

@@ -287,6 +287,8 @@ METHODS = {
     "all subspaces": lambda: IntrinsicProjection(20, subspaces=3, serve="all"),
     "more vectors than parameters": lambda: IntrinsicProjection(150, subspaces=4, serve="all"),
     "momentum": lambda: IntrinsicProjection(20, subspaces=2, periods_per_span=2, momentum=0.9),
+    "steps of 6 bits": lambda: IntrinsicProjection(20, subspaces=2, periods_per_span=3, momentum=0.9, down_bits=6),
+    "steps of 8 bits, unknown start": lambda: IntrinsicProjection(60, down_bits=8, known_start=False),
 }
 
 
@@ -349,7 +351,7 @@ def test_tied_weights_are_predicted_once(net, points, federation, cost_of):
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["subspaces", "time-varying", "every step", "unknown start", "momentum"])
+@pytest.mark.parametrize("method", ["subspaces", "time-varying", "every step", "unknown start", "momentum", "steps of 6 bits"])
 def test_resumed_is_uninterrupted(method, net, points, federation, same, figures, tmp_path):
     """Interrupted within a span of two rounds (after 1 and 3) and between spans (after 2)."""
 

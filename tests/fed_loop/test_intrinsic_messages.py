@@ -6,6 +6,7 @@ import torch
 from featherlight.plugins import DepthDropout, IntrinsicProjection, LayerFreezing, ProgressiveGrowth
 from featherlight.plugins.projections import PROJECTIONS
 from featherlight.plugins.seeds import derive
+from featherlight.plugins.subspaces import step_of
 
 SEED = 3
 
@@ -31,7 +32,7 @@ class Literal(IntrinsicProjection):
 
     def __init__(self, start, **options):
         super().__init__(**options)
-        self._start, self._clients, self._told = start, {}, {"vectors": 0, "model": 0, "alone": 0, "worst": 0.0}
+        self._start, self._clients, self._told = start, {}, {"steps": 0, "vectors": 0, "model": 0, "alone": 0, "worst": 0.0}
 
     def decode_down(self, message, visit):
         client = self._clients.setdefault(visit.client, Client(self._start))
@@ -39,6 +40,11 @@ class Literal(IntrinsicProjection):
         rest = {name: value for name, value in message.items() if name not in own}
         model = {name: value.double() for name, value in rest.items() if name in self._names}
         marks = {}
+        for name in sorted(name for name in own if "+" in name):
+            part, _, _ = name.removeprefix("intrinsic.").partition("+")
+            key = tuple(map(int, part.split(".")))
+            client.vectors[key] = client.vectors.get(key, 0) + step_of(own.pop(name), self.dim, self.down_bits)
+            self._told["steps"] += 1
         for name, value in own.items():
             middle, _, _ = name.removeprefix("intrinsic.").partition("@")
             if middle in self._names:
@@ -90,6 +96,11 @@ WAYS = {
     "unknown start": ({"dim": 20, "known_start": False}, [], {"vectors", "model"}),
     "unknown start, spans": ({"dim": 20, "known_start": False, "periods_per_span": 3}, [], {"vectors", "model"}),
     "more vectors than parameters": ({"dim": 150, "subspaces": 4, "serve": "all"}, [], {"vectors", "alone"}),
+    "in steps of 4 bits": ({"dim": 40, "down_bits": 4}, [], {"vectors", "steps"}),
+    "in steps of 8 bits, momentum": ({"dim": 40, "down_bits": 8, "momentum": 0.5, "subspaces": 2}, [], {"vectors", "steps"}),
+    "in steps of 3 bits, time-varying": ({"dim": 60, "down_bits": 3, "periods_per_span": 2}, [], {"vectors", "steps"}),
+    "in steps, unknown start": ({"dim": 20, "down_bits": 6, "known_start": False}, [], {"vectors", "steps", "model"}),
+    "in steps, long away": ({"dim": 140, "down_bits": 8, "periods_per_span": 1}, [], {"vectors", "steps"}),
     "frozen": ({"dim": 20}, [lambda: LayerFreezing("blocks.*", periods_per_stage=2)], {"vectors"}),
     "frozen, long away": (
         {"dim": 100, "periods_per_span": 1},
@@ -113,7 +124,7 @@ def test_messages_suffice(way, net, points, federation):
     settings = {"cohort": 2, "seed": SEED}
     one = federation(8, **settings).run(plain, data, [IntrinsicProjection(**options, gain=0.1), *[make() for make in others]])
     other = federation(8, **settings).run(module, data, [literal, *[make() for make in others]])
-    assert told <= {name for name in ("vectors", "model", "alone") if literal._told[name]}
+    assert told <= {name for name in ("steps", "vectors", "model", "alone") if literal._told[name]}
     assert literal._told["worst"] < 2e-6
     assert [row["bytes_down"] for row in one.history] == [row["bytes_down"] for row in other.history]
     moved = max(float((value - start).detach().abs().max()) for value, start in zip(plain.parameters(), net(sgd).parameters()))

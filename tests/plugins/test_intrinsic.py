@@ -91,6 +91,8 @@ def visit_round(plugin, round, clients, kept=(), seed=0, kept_by=None):
         ({"subspaces": 1.5}, "subspaces=1.5: give a whole number"),
         ({"serve": "some"}, "serve='some' is not known; use 'changed' or 'all'"),
         ({"momentum": 1.0}, "momentum=1.0: give 0 <= momentum < 1"),
+        ({"down_bits": 9}, "down_bits=9: give 2 to 8, or 32 for float32"),
+        ({"down_bits": 4, "serve": "all"}, "down_bits=4 sends the steps that clients lack, and serve='all' everything"),
         ({"gain": 0.0}, r"gain=0.0: give a number above 0"),
         ({"gain": float("nan")}, "gain=nan: give a number above 0"),
     ],
@@ -113,6 +115,7 @@ def test_arguments_are_described():
         "known_start": True,
         "momentum": 0.0,
         "serve": "changed",
+        "down_bits": 32,
     }
     assert attached(dim=7).describe() == IntrinsicProjection(7).describe()
 

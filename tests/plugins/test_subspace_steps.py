@@ -1,0 +1,79 @@
+"""Σ in quantised steps: what is left over is not lost, what is kept is less than Σ, and who gets what."""
+
+import pytest
+import torch
+from torch import nn
+
+from featherlight.plugins import Clock, IntrinsicProjection, Visit
+from featherlight.plugins.subspaces import Span, step_bytes, step_of
+
+DIM = 20
+
+
+def span():
+    zeros = torch.zeros(2, DIM, dtype=torch.float64)
+    return Span(0, ["w"], 100, torch.zeros(100), zeros.clone(), zeros[:0], [-1, -1], zeros.clone(), dropped=[-1, -1])
+
+
+def steps(count):
+    return list(torch.randn(count, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_what_is_left_over_goes_to_the_next_step(bits):
+    own, sum_taken = span(), torch.zeros(DIM, dtype=torch.float64)
+    for step in steps(50):
+        taken, code = own.quantise(1, step, bits)
+        assert torch.equal(step_of(code, DIM, bits), taken)
+        assert len(code) == step_bytes(DIM, bits)
+        sum_taken += taken
+    total = torch.stack(steps(50)).sum(0)
+    assert torch.allclose(sum_taken + own.unsent[1], total, atol=1e-12)
+    assert float(own.unsent[1].abs().max()) <= 0.5 * float(step_of(code, DIM, bits).abs().max()) / (2 ** (bits - 1) - 1) * (1 + 1e-6)
+    assert not own.unsent[0].any()
+
+
+def test_a_step_of_nothing():
+    taken, code = span().quantise(0, torch.zeros(DIM, dtype=torch.float64), 4)
+    assert not taken.any()
+    assert not step_of(code, DIM, 4).any()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 15), (3, 10), (4, 7), (5, 6), (6, 5), (7, 4), (8, 3)])
+def test_kept_steps_are_fewer_bytes_than_the_sum(bits, most):
+    own = span()
+    for round, step in enumerate(steps(40)):
+        own.keep(round % 2, round, own.quantise(round % 2, step, bits)[1], bits)
+    assert [sum(of == which for of, _ in own.steps) for which in (0, 1)] == [most, most]
+    assert len(own.codes) == 2 * most
+    assert sorted(own.since(1, own.dropped[1])) == list(range(39 - 2 * (most - 1), 40, 2))
+    assert own.since(1, own.dropped[1] - 1) is None
+    assert own.since(0, 38) == {}
+    again = Span.of(own.state(), torch.device("cpu"))
+    assert again.steps == own.steps
+    assert torch.equal(again.codes, own.codes)
+
+
+def test_who_is_sent_steps_and_who_the_sum():
+    """8 bits: of four steps, that together are as long as Σ, the oldest is kept no more."""
+    model = nn.Linear(6, 5, bias=False)
+    plugin = IntrinsicProjection(16, down_bits=8)
+    plugin.attach(model)
+    kept = {client: [] for client in range(3)}
+    sent = {}
+    for round in range(6):
+        present = {0: range(6), 1: (0, 3, 5), 2: (0, 5)}
+        for client in (client for client in present if round in present[client]):
+            message = plugin.encode_down({"weight": model.weight.detach()}, Visit(round, client), kept[client])
+            sent[round, client] = {name: len(value) for name, value in message.items() if name not in kept[client] and value.numel()}
+            kept[client] = list(message)
+        lifted = plugin.lift({"intrinsic.z": torch.randn(16, dtype=torch.float64)}, Clock(round))
+        with torch.no_grad():
+            model.weight.add_(lifted["weight"])
+        plugin.settle(model, Clock(round))
+    code = step_bytes(16, 8)
+    assert all(not sent[0, client] for client in range(3))
+    assert [sent[round, 0] for round in range(1, 6)] == [{f"intrinsic.0.0+{round - 1}": code} for round in range(1, 6)]
+    assert sent[3, 1] == {f"intrinsic.0.0+{round}": code for round in (0, 1, 2)}
+    assert sent[5, 1] == {f"intrinsic.0.0+{round}": code for round in (3, 4)}
+    assert sent[5, 2] == {"intrinsic.0.0@4": 16}
