@@ -68,6 +68,37 @@ def both(of: Setting) -> list[Plugin]:
     return [IntrinsicProjection(round(dim), subspaces=4, periods_per_span=of.away, gain=of.gain)]
 
 
+BITS = 4
+
+
+def numbers(of: Setting, subspaces: int = 1) -> int:
+    """How many numbers of BITS bits go up, and come down for each round away, up to the 32 of a whole one, in a way's share of bytes."""
+    return round(64 * of.size / of.budget / (BITS + subspaces * min(BITS * of.away, 32)))
+
+
+def static_4(of: Setting) -> list[Plugin]:
+    """As static, eight times the dimensions in 4 bits each, both ways."""
+    return [IntrinsicProjection(numbers(of), gain=of.gain, down_bits=BITS), Quantization(BITS)]
+
+
+def subspaces_4(of: Setting) -> list[Plugin]:
+    """As K-subspace, in 4 bits."""
+    return [IntrinsicProjection(numbers(of, 4), subspaces=4, gain=of.gain, down_bits=BITS), Quantization(BITS)]
+
+
+def time_varying_4(of: Setting) -> list[Plugin]:
+    """As time-varying, in 4 bits."""
+    return [IntrinsicProjection(numbers(of), periods_per_span=of.away, gain=of.gain, down_bits=BITS), Quantization(BITS)]
+
+
+def both_4(of: Setting) -> list[Plugin]:
+    """K = 4 and spans, in 4 bits."""
+    return [
+        IntrinsicProjection(numbers(of, 4), subspaces=4, periods_per_span=of.away, gain=of.gain, down_bits=BITS),
+        Quantization(BITS),
+    ]
+
+
 def top_k(of: Setting) -> list[Plugin]:
     """8·k bytes up; down 8 for each element that anybody changed since the last visit: of k·cohort·(rounds away) about nine tenths are
     different ones."""
@@ -95,6 +126,10 @@ WAYS: dict[str, Make] = {
     "K-subspace": subspaces,
     "time-varying": time_varying,
     "both": both,
+    "static, 4 bits": static_4,
+    "K-subspace, 4 bits": subspaces_4,
+    "time-varying, 4 bits": time_varying_4,
+    "both, 4 bits": both_4,
 }
 BUDGETS = {"FedAvg": [1.0], "quantised": [4.0, 8.0]}
 """Of ways that have their own."""
@@ -107,11 +142,15 @@ RATES: dict[str, list[tuple[float, float]]] = {
     "K-subspace": [(0.03, 1.0)],
     "time-varying": [(0.01, 1.0)],
     "both": [(0.01, 1.0)],
+    "static, 4 bits": [(0.03, 1.0)],
+    "K-subspace, 4 bits": [(0.03, 1.0)],
+    "time-varying, 4 bits": [(0.01, 1.0)],
+    "both, 4 bits": [(0.01, 1.0)],
 }
 """(learning rate, gain of a projection) by way: the best of 0.01, 0.03 and 0.1 (FedAvg, top-k, FetchSGD), of 0.03 and 0.1 (static) and of
 0.01 and 0.03 (time-varying), at 1/100 of the bytes, 2,000 images of 8 × 8 pixels, 4 clients, 30 rounds, one seed; those of quantised,
-K-subspace and both are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the plugin's
-default, √(d/D), lies between.
+K-subspace, both and all in 4 bits are their neighbours'. A gain of 1 (E[A·Aᵀ] = I) was better than 0.3 (static: 35.5 % against 31.5 %); the
+plugin's default, √(d/D), lies between.
 """
 
 
@@ -201,7 +240,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-OURS = (static, subspaces, time_varying, both)
+OURS = (static, subspaces, time_varying, both, static_4, subspaces_4, time_varying_4, both_4)
 
 
 def pair(text: str) -> tuple[float, float]:
@@ -226,8 +265,11 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--progress", action="store_true")
+    parser.add_argument(
+        "--show", action="store_true", help="run nothing: the table and the picture of all that --out holds of the settings"
+    )
     arguments = parser.parse_args()
-    no_part = ("data", "out", "seeds", "accelerator", "ways", "budgets", "rates", "progress", "evaluate_every")
+    no_part = ("data", "out", "seeds", "accelerator", "ways", "budgets", "rates", "progress", "evaluate_every", "show")
     settings = {name: value for name, value in vars(arguments).items() if name not in no_part}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
@@ -235,10 +277,12 @@ def main() -> None:
 
     def runs(way: str, budget: float, rate: tuple[float, float]) -> list[dict[str, Any]]:
         """All seeds'."""
-        found = []
+        found: list[dict[str, Any]] = []
         for seed in range(arguments.seeds):
             key = {"settings": settings, "way": way, "budget": budget, "rate": list(rate), "seed": seed}
             row = next((row for row in done if row["key"] == key), None)
+            if row is None and arguments.show:
+                continue
             if row is None:
                 row = {"key": key, **run(arguments, way, budget, rate, seed)}
                 with arguments.out.open("a") as file:
@@ -252,8 +296,13 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for way in arguments.ways:
-        for budget in BUDGETS.get(way, arguments.budgets):
-            tried = {rate: runs(way, budget, rate) for rate in arguments.rates or RATES[way]}
+        budgets, rates = BUDGETS.get(way, arguments.budgets), arguments.rates or RATES[way]
+        if arguments.show:
+            kept = [row["key"] for row in done if row["key"]["settings"] == settings and row["key"]["way"] == way]
+            budgets = sorted({key["budget"] for key in kept})
+            rates = sorted({tuple(key["rate"]) for key in kept})
+        for budget in budgets:
+            tried = {rate: found for rate in rates if (found := runs(way, budget, rate))}
             first = next(iter(tried.values()))[0]["metrics"]
             figure = next(iter(first))
             best = max(tried, key=lambda rate: statistics.mean(row["metrics"][figure] for row in tried[rate]))
@@ -268,7 +317,15 @@ def main() -> None:
     whole = next((row for row in rows if row["way"] == "FedAvg"), rows[0])
     title = f"{arguments.method}: " + ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "method")
     table = Table(title=title)
-    for heading in ("way", "lr, gain", "up", "down", "total compression", *(f"{name}, to {whole['way']}" for name in whole["figures"])):
+    for heading in (
+        "way",
+        "lr, gain",
+        "seeds",
+        "up",
+        "down",
+        "total compression",
+        *(f"{name}, to {whole['way']}" for name in whole["figures"]),
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         told = []
@@ -277,7 +334,8 @@ def main() -> None:
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
             told.append(f"{mean:.1f}{spread}, {mean - reference:+.1f}")
         ratios = (f"{whole[way] / row[way]:.1f}×" for way in ("up", "down", "bytes"))
-        table.add_row(row["way"], f"{row['rate'][0]:g}, {row['rate'][1]:g}", *ratios, *told)
+        seeds = str(len(next(iter(row["figures"].values()))))
+        table.add_row(row["way"], f"{row['rate'][0]:g}, {row['rate'][1]:g}", seeds, *ratios, *told)
     console.print(table)
     draw(rows, arguments.out.with_suffix(".png"), title)
 

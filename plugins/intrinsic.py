@@ -192,7 +192,7 @@ class IntrinsicProjection(Plugin):
         """
         self._begin_round(visit)
         self._drawn.add(self._which(visit))
-        owed = [self._owed(span, kept) for span in self._spans]
+        owed = [span.owed(kept) for span in self._spans]
         sums = {name: value for own, _ in owed for name, value in own.items()}
         vectors = {name: value for _, sent in owed for name, value in sent.items()}
         covered = {name for span in self._spans for name in span.names}  # those of earlier spans are where these spans' vectors left them
@@ -212,22 +212,6 @@ class IntrinsicProjection(Plugin):
         if now >= model:
             return message | {name: value for name, value in (start | sums).items() if name in kept}
         return rest | start | vectors
-
-    def _owed(self, span: Span, kept: Collection[str]) -> tuple[Message, Message]:
-        """Of a span, the Σ_k that are not 0, float32, and what is sent in their place: themselves, or an empty one beside the steps from
-        the client's to them."""
-        sums: Message = {}
-        sent: Message = {}
-        for which in (which for which in range(self.subspaces) if span.changed[which] >= 0):
-            part = f"{PREFIX}.{span.number}.{which}"
-            name = f"{part}@{span.changed[which]}"
-            sums[name] = sent[name] = span.sums[which].float()
-            has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
-            steps = None if name in kept else span.since(which, has)
-            if steps is not None:
-                sent[name] = sums[name].new_zeros(0)
-                sent |= {f"{part}+{round}": code for round, code in steps.items()}
-        return sums, sent
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         """θ₀ + Σ_k A_k·Σ_k, for which a real client lifts what it was sent; a simulated one takes the server's, equal to rounding."""

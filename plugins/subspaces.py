@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -78,6 +78,24 @@ class Span:
             value = state[name]
             own[name] = value.to(device, copy=True) if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
         return cls(**own)
+
+    def owed(self, kept: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The Σ_k that are not 0, float32, by names of their own, and what is sent in their place to a client that has ``kept``:
+        themselves, or an empty one beside the steps from what the client has to them."""
+        sums: dict[str, Tensor] = {}
+        sent: dict[str, Tensor] = {}
+        for which, changed in enumerate(self.changed):
+            if changed < 0:
+                continue
+            part = f"{PREFIX}.{self.number}.{which}"
+            name = f"{part}@{changed}"
+            sums[name] = sent[name] = self.sums[which].float()
+            has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
+            steps = None if name in kept else self.since(which, has)
+            if steps is not None:
+                sent[name] = sums[name].new_zeros(0)
+                sent |= {f"{part}+{round}": code for round, code in steps.items()}
+        return sums, sent
 
 
 def step_bytes(dim: int, bits: int) -> int:
