@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from featherlight.commands.picture import draw
 from featherlight.fed_loop import Federation
@@ -45,6 +42,7 @@ from featherlight.plugins import (
     ServerCalibration,
 )
 from featherlight.ssl_models import IID, KNN, Dirichlet, FineTune, ImageData, LinearProbe, MoCoV3, SimCLR
+from featherlight.ssl_models.probes import Probe
 
 BLOCKS = "backbone.blocks.*"
 ALL = ("calibration", "alignment")
@@ -69,30 +67,24 @@ COSTS = ("peak", "saved", "traffic", "FLOPs")
 JUDGES = {"knn": "kNN", "linear": "linear probe", "finetune": "fine-tuned"}
 
 
-class Judged:
-    """What judges see of ``data``: all training images, and ``limit`` test images, evenly spaced (files are sorted by class).
-
-    Args:
-        data: the run's.
-        limit: how many test images.
-    """
-
-    def __init__(self, data: ImageData, limit: int) -> None:
-        self.num_classes = data.num_classes
-        self.train, test = data.probe_data()
-        images, labels = (torch.cat(part) for part in zip(*((batch[0], batch[1]) for batch in test)))
-        chosen = torch.linspace(0, len(labels) - 1, min(limit, len(labels))).round().long()
-        self.images, self.labels = images[chosen], labels[chosen]
-
-    def probe_data(self) -> tuple[Any, Iterator[tuple[Tensor, Tensor]]]:
-        return self.train, zip(self.images.split(500), self.labels.split(500))
+def fewer(folder: str, test: int, out: Path) -> Path:
+    """A folder of links to all training images and to ``test`` test images, as many of every class, so that no others are decoded."""
+    root, target = Path(folder), out / f"test-{test}"
+    classes = sorted(path for path in (root / "test").iterdir() if path.is_dir())
+    for one in classes:
+        (target / "test" / one.name).mkdir(parents=True, exist_ok=True)
+        for picture in sorted(one.iterdir())[: test // len(classes)]:
+            link = target / "test" / one.name / picture.name
+            if not link.exists():
+                link.symlink_to(picture.resolve())
+    if not (target / "train").exists():
+        (target / "train").symlink_to((root / "train").resolve())
+    return target
 
 
-def judge(arguments: argparse.Namespace, module: nn.Module, data: ImageData) -> dict[str, float]:
-    """Every judge's figure, of the module on the device where it lies."""
+def judges(arguments: argparse.Namespace) -> list[Probe]:
     tuning = FineTune(arguments.tune_epochs, arguments.tune_epochs // 4, lr=arguments.tune_lr, labels=arguments.labels, augment="crop_flip")
-    seen = Judged(data, arguments.test)
-    return {name: value for probe in (KNN(), LinearProbe(), tuning) for name, value in probe(module, seen).items()}
+    return [KNN(), LinearProbe(), tuning]
 
 
 def methods(arguments: argparse.Namespace, way: str) -> list[Plugin]:
@@ -133,13 +125,14 @@ def run(arguments: argparse.Namespace, partition: str, way: str, seed: int) -> d
         "periods": arguments.rounds,
     }
     model = MoCoV3(momentum=0.99, **options) if arguments.method == "moco_v3" else SimCLR(**options)
+    folder = fewer(arguments.data, arguments.test, arguments.out.parent)
     pictures = sum(1 for _ in Path(arguments.data, "train").glob("*/*"))
     if arguments.images + arguments.server > pictures:
         raise ValueError(
             f"--images {arguments.images} and --server {arguments.server}, but there are {pictures} training images: ask for fewer"
         )
     data = ImageData(
-        "folder", root=arguments.data, image_size=arguments.size, batch_size=arguments.batch,
+        "folder", root=str(folder), image_size=arguments.size, batch_size=arguments.batch,
         num_clients=arguments.many if partition == "many" else arguments.clients,
         partition=Dirichlet(arguments.alpha) if partition == "dirichlet" else IID(),
         limit_train=arguments.images, server_fraction=arguments.server / pictures, seed=seed,
@@ -147,12 +140,13 @@ def run(arguments: argparse.Namespace, partition: str, way: str, seed: int) -> d
     data.setup("fit")
     if way == "untrained":
         gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
-        return {"metrics": judge(arguments, model.to("cuda" if gpu else "cpu").eval(), data), "cost": {}, "server": {}}
+        model.to("cuda" if gpu else "cpu").eval()
+        return {"metrics": {name: value for one in judges(arguments) for name, value in one(model, data).items()}, "cost": {}, "server": {}}
     federation = Federation(
         arguments.rounds, arguments.cohort if partition == "many" else None, arguments.epochs, seed=seed,
         accelerator=arguments.accelerator, checkpoint_every=0, progress=False,
     )  # fmt: skip
-    result = federation.run(model, data, methods(arguments, way), [partial(judge, arguments)])
+    result = federation.run(model, data, methods(arguments, way), judges(arguments))
     server = result.cost.server
     return {"metrics": result.metrics, "cost": result.cost.total(), "server": {} if server is None else server.total()}
 
@@ -179,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/layerwise_accuracy.jsonl"))
     sizes = {"depth": 6, "width": 64, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
     sizes |= {"images": 2000, "server": 200, "batch": 50, "clients": 10, "many": 100, "cohort": 25, "rounds": 36, "epochs": 1}
-    sizes |= {"calibration": 1, "test": 4000, "tune-epochs": 12, "seeds": 2}
+    sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 12, "seeds": 2}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     numbers = {"lr": 2e-3, "temperature": 0.2, "alpha": 0.5, "alignment": 1.0, "tune-lr": 1e-3, "labels": 1.0}
