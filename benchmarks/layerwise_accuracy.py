@@ -171,9 +171,9 @@ def main() -> None:
     parser.add_argument("--partition", nargs="+", choices=("iid", "dirichlet", "many"), default=("iid", "dirichlet", "many"))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=tuple(WAYS), help="the first is what the others are compared with")
     parser.add_argument("--out", type=Path, default=Path("runs/layerwise_accuracy.jsonl"))
-    sizes = {"depth": 6, "width": 64, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
-    sizes |= {"images": 2000, "server": 200, "batch": 50, "clients": 10, "many": 100, "cohort": 25, "rounds": 36, "epochs": 1}
-    sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 12, "seeds": 2}
+    sizes = {"depth": 6, "width": 48, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
+    sizes |= {"images": 1000, "server": 200, "batch": 25, "clients": 10, "many": 100, "cohort": 25, "rounds": 24, "epochs": 1}
+    sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 8, "seeds": 2}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     numbers = {"lr": 2e-3, "temperature": 0.2, "alpha": 0.5, "alignment": 1.0, "tune-lr": 1e-3, "labels": 1.0}
