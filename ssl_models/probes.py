@@ -10,11 +10,14 @@ import copy
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
+
+from featherlight.plugins.seeds import generator
+from featherlight.ssl_models.views import pad_crop_flip
 
 Loader = Iterable[Any]
 """Batches ``(x, labels)``, or with more behind them: ``(N, C, H, W)`` and ``(N,)``."""
@@ -144,18 +147,25 @@ class LinearProbe(Probe):
 
 @dataclass(frozen=True)
 class FineTune(Probe):
-    """The test accuracy after training a copy of the backbone and a new linear layer end to end (AdamW, warm-up, cosine).
+    """The test accuracy after training a copy of the backbone and a new linear layer end to end (warm-up, cosine).
 
-    LW-FedSSL (arXiv 2401.11647) fine-tunes for 40 epochs, 10 of them warm-up, with AdamW at 1e-3. The training images are
-    held in memory.
+    LW-FedSSL (arXiv 2401.11647) fine-tunes for 40 epochs, 10 of them warm-up, with AdamW at 1e-3 and RandAugment. With a share of the
+    ``labels`` it is semi-supervised (arXiv 2002.05709: 1 % and 10 %). The training images are held in memory.
 
     Args:
-        epochs: passes over the training images.
+        epochs: passes over the training images that have a label here.
         warmup_epochs: of these, the first ones with a rising learning rate.
         lr: highest learning rate.
-        weight_decay: AdamW's.
+        weight_decay: the optimizer's.
         batch_size: images per step.
-        seed: of the order of images, the new layer and dropout.
+        seed: of the order of images, the new layer and dropout; of which labels are known, and of crops and flips.
+        labels: share of every class's training images whose labels are known, drawn once; one image of each at least.
+        optimizer: ``adamw``, or ``sgd`` with momentum 0.9, whose learning rate wants to be higher.
+        augment: how images are shown in training: as they are (``none``), shifted by up to an eighth (``crop``; what comes in is 0, the
+            mean of normalised images), or half of them mirrored, too (``crop_flip``; not where a mirrored image is another thing).
+
+    Raises:
+        ValueError: a share of labels outside (0, 1], an optimizer or augmentation that is not known.
     """
 
     epochs: int = 40
@@ -164,6 +174,19 @@ class FineTune(Probe):
     weight_decay: float = 1e-5
     batch_size: int = 128
     seed: int = 0
+    labels: float = 1.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    augment: Literal["none", "crop", "crop_flip"] = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.labels <= 1:
+            raise ValueError(f"labels={self.labels} is no share of labels: give a number above 0, up to 1")
+        for name, given, known in (
+            ("optimizer", self.optimizer, ("adamw", "sgd")),
+            ("augment", self.augment, ("none", "crop", "crop_flip")),
+        ):
+            if given not in known:
+                raise ValueError(f'{name} "{given}" not found; there are {", ".join(known)}')
 
     def __call__(self, module: nn.Module, data: ProbeData, device: torch.device | str | None = None) -> dict[str, float]:
         """``{"finetune": accuracy}``.
@@ -176,6 +199,8 @@ class FineTune(Probe):
         with _set_aside(module):
             train, test = data.probe_data()
             images, labels = (torch.cat(part) for part in zip(*((batch[0], batch[1]) for batch in train)))
+            known = self._known(labels)
+            images, labels = images[known], labels[known]
             torch.manual_seed(self.seed)  # a fork of the global stream, which dropout draws from
             backbone = copy.deepcopy(cast(nn.Module, module.backbone)).requires_grad_(True).to(device)
             with torch.no_grad():
@@ -202,11 +227,31 @@ class FineTune(Probe):
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs {self.epochs}")
 
+    def _known(self, labels: Tensor) -> Tensor:
+        """Places of the images whose labels are known, in rising order: the same share of every class, so that more contain fewer."""
+        if self.labels == 1:
+            return torch.arange(len(labels))
+        order = torch.randperm(len(labels), generator=generator(self.seed, "known labels"))
+        each = [order[labels[order] == label] for label in labels.unique()]
+        return torch.cat([mine[: max(1, round(self.labels * len(mine)))] for mine in each]).sort().values
+
+    def _shown(self, images: Tensor, draw: torch.Generator) -> Tensor:
+        if self.augment == "none":
+            return images
+        pad = max(1, min(images.shape[-2:]) // 8)
+        down, right = torch.randint(2 * pad + 1, (2, len(images)), generator=draw)
+        mirrored = torch.rand(len(images), generator=draw) < (0.5 if self.augment == "crop_flip" else 0.0)
+        return pad_crop_flip(images, pad, down, right, mirrored)
+
     def _train(self, network: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
         from lightly.utils.scheduler import CosineWarmupScheduler
 
         order = torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(network.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         # A last batch of one image would have no batch statistics: it is left out of that epoch.
         batches = [range(start, min(start + self.batch_size, len(images))) for start in range(0, len(images), self.batch_size)]
         batches = [batch for batch in batches if len(batch) > 1 or len(images) == 1]
@@ -220,7 +265,8 @@ class FineTune(Probe):
             for batch in batches:
                 chosen = shuffled[batch.start : batch.stop]
                 optimizer.zero_grad()
-                cross_entropy(network(images[chosen].to(device)), labels[chosen].to(device)).backward()
+                shown = self._shown(images[chosen].to(device), order)
+                cross_entropy(network(shown), labels[chosen].to(device)).backward()
                 optimizer.step()
                 schedule.step()
 

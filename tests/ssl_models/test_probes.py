@@ -1,6 +1,7 @@
 """Probes: right on clusters, at chance on noise, as scikit-learn has it, and without a trace."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,93 @@ def test_fine_tuning_warms_up_and_ends_its_cosine_one_step_after_the_last(monkey
     rising = [0.125, 0.25, 0.375, 0.5]
     falling = [0.5 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert rates == pytest.approx(rising + falling, abs=1e-12)
+
+
+def seen_in_training(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Tensor, Tensor]:
+    """Images and labels of fine-tuning's only epoch, as the loss got them."""
+    from featherlight.ssl_models import probes
+
+    shown, named = [], []
+
+    class Eyes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                shown.append(x.clone())
+            return x.flatten(1) * self.weight
+
+    original = probes.cross_entropy
+    monkeypatch.setattr(probes, "cross_entropy", lambda logits, labels: (named.append(labels), original(logits, labels))[1])
+    model = Model()
+    model.backbone = Eyes()
+    torch.manual_seed(0)  # the loader of the blobs shuffles
+    FineTune(epochs=1, warmup_epochs=0, batch_size=32, **options)(model, Blobs(spread=1.0))  # type: ignore[arg-type]
+    return torch.cat(shown), torch.cat(named)
+
+
+def test_a_share_of_labels_is_of_every_class_and_within_a_larger_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {}
+    for share, each in ((0.001, 1), (0.1, 8), (0.25, 20), (1.0, 80)):
+        shown, labels = seen_in_training(monkeypatch, labels=share)
+        assert labels.bincount().tolist() == [each] * CLASSES
+        images[share] = {tuple(image.flatten().tolist()) for image in shown}
+    assert images[0.001] < images[0.1] < images[0.25] < images[1.0]
+
+
+def test_other_seeds_know_other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, again = (seen_in_training(monkeypatch, labels=0.1, seed=seed)[0] for seed in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first.sum(0), second.sum(0))
+
+
+def test_images_are_shifted_and_mirrored_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Blobs(spread=1.0).parts[0][0]
+    padded = nn.functional.pad(plain, (1, 1, 1, 1))  # an eighth of 4 pixels, 1 at least
+    cuts = [padded[..., row : row + 4, column : column + 4] for row in range(3) for column in range(3)]
+
+    def share(shown: Tensor, allowed: list[Tensor]) -> float:
+        """Of the images ``shown``, those that are among the ``allowed``."""
+        known = {tuple(image.flatten().tolist()) for cut in allowed for image in cut}
+        return sum(tuple(image.flatten().tolist()) in known for image in shown) / len(shown)
+
+    assert share(seen_in_training(monkeypatch)[0], [plain]) == 1.0
+    shifted, _ = seen_in_training(monkeypatch, augment="crop")
+    assert share(shifted, cuts) == 1.0
+    assert share(shifted, [plain]) == pytest.approx(1 / 9, abs=4 * math.sqrt(8 / 81 / 240))
+    mirrored, _ = seen_in_training(monkeypatch, augment="crop_flip")
+    assert share(mirrored, [*cuts, *(cut.flip(-1) for cut in cuts)]) == 1.0
+    assert share(mirrored, cuts) == pytest.approx(1 / 2, abs=4 * math.sqrt(1 / 4 / 240))
+
+
+def test_fine_tuning_by_sgd_is_the_step_by_hand() -> None:
+    data, tuning = Blobs(spread=0.5), FineTune(epochs=1, warmup_epochs=0, lr=0.5, batch_size=240, optimizer="sgd", weight_decay=0.0)
+    images, labels = data.parts[0]
+    model = nn.Module()
+    model.backbone = nn.Flatten()
+    network = nn.Sequential(model.backbone, nn.Linear(16, CLASSES))
+    weight, bias = (parameter.detach().clone() for parameter in network[1].parameters())
+    error = (images.flatten(1) @ weight.T + bias).softmax(1) - nn.functional.one_hot(labels, CLASSES)  # of the cross entropy
+    expected = weight - 0.5 * error.T @ images.flatten(1) / 240, bias - 0.5 * error.mean(0)
+    tuning._train(network, images, labels, torch.device("cpu"))
+    assert torch.allclose(network[1].weight, expected[0], atol=1e-6)
+    assert torch.allclose(network[1].bias, expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": 0.0}, "labels=0.0 is no share of labels: give a number above 0, up to 1"),
+        ({"labels": 1.5}, "labels=1.5 is no share of labels"),
+        ({"optimizer": "adam"}, 'optimizer "adam" not found; there are adamw, sgd'),
+        ({"augment": "flip"}, 'augment "flip" not found; there are none, crop, crop_flip'),
+    ],
+)
+def test_fine_tuning_refuses_what_it_does_not_know(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FineTune(**options)
 
 
 # -- what is found before training ------------------------------------------------------------------------------------
