@@ -44,7 +44,9 @@ from featherlight.plugins import (
 from featherlight.ssl_models import IID, KNN, Dirichlet, FineTune, ImageData, LinearProbe, MoCoV3, SimCLR
 from featherlight.ssl_models.probes import Probe
 
-BLOCKS = "backbone.blocks.*"
+BLOCKS = {"vit": "backbone.blocks.*", "resnet18_cifar": "backbone.layer*"}
+GROUPS = 4
+"""Of a ResNet-18's blocks: what a stage adds is two of them."""
 ALL = ("calibration", "alignment")
 WAYS: dict[str, tuple[type[LayerFreezing | ProgressiveGrowth] | None, int, tuple[str, ...]]] = {
     "end to end": (None, 0, ()),
@@ -90,13 +92,14 @@ def judges(arguments: argparse.Namespace) -> list[Probe]:
 def methods(arguments: argparse.Namespace, way: str) -> list[Plugin]:
     """The plugins of one way; stages share the rounds evenly, earlier ones getting no fewer."""
     growth, each, added = WAYS[way]
+    blocks, depth = BLOCKS[arguments.backbone], arguments.depth if arguments.backbone == "vit" else GROUPS
     plugins: list[Plugin] = []
     if growth is not None:
-        stages = arguments.depth // each
+        stages = -(-depth // each)
         starts = [-(-arguments.rounds * stage // stages) for stage in range(stages + 1)]
-        plugins.append(growth(BLOCKS, blocks_per_stage=each, periods_per_stage=[end - start for start, end in pairwise(starts)]))
+        plugins.append(growth(blocks, blocks_per_stage=each, periods_per_stage=[end - start for start, end in pairwise(starts)]))
     if "depth dropout" in added:
-        plugins.append(DepthDropout(BLOCKS, rate=0.0, max_kept=arguments.depth // 2))
+        plugins.append(DepthDropout(blocks, rate=0.0, max_kept=depth // 2))
     if "alignment" in added:
         plugins.append(RepresentationAlignment(arguments.alignment))
     if "calibration" in added:
@@ -107,19 +110,15 @@ def methods(arguments: argparse.Namespace, way: str) -> list[Plugin]:
 def run(arguments: argparse.Namespace, partition: str, way: str, seed: int) -> dict[str, Any]:
     """One federation; its figures and its cost."""
     torch.manual_seed(seed)
+    vit = {"patch_size": arguments.patch, "pool": arguments.pool} | {name: vars(arguments)[name] for name in ("depth", "width", "heads")}
     options: dict[str, Any] = {
-        "backbone": "vit",
-        "backbone_options": {
-            "depth": arguments.depth,
-            "width": arguments.width,
-            "heads": arguments.heads,
-            "patch_size": arguments.patch,
-            "pool": arguments.pool,
-        },
+        "backbone": arguments.backbone,
+        "backbone_options": {"width": arguments.width, "norm": "group"} if arguments.backbone != "vit" else vit,
         "image_size": arguments.size,
         "hidden_dim": arguments.hidden,
         "output_dim": arguments.output,
         "temperature": arguments.temperature,
+        "optimizer": arguments.optimizer,
         "lr": arguments.lr,
         "schedule": arguments.schedule,
         "periods": arguments.rounds,
@@ -171,6 +170,8 @@ def main() -> None:
     parser.add_argument("--partition", nargs="+", choices=("iid", "dirichlet", "many"), default=("iid", "dirichlet", "many"))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=tuple(WAYS), help="the first is what the others are compared with")
     parser.add_argument("--out", type=Path, default=Path("runs/layerwise_accuracy.jsonl"))
+    parser.add_argument("--backbone", choices=tuple(BLOCKS), default="resnet18_cifar", help="a ResNet's blocks are its four groups")
+    parser.add_argument("--optimizer", default="sgd", help="of clients: sgd (momentum 0.9), adamw, …")
     sizes = {"depth": 6, "width": 48, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
     sizes |= {"images": 1000, "server": 200, "batch": 25, "clients": 10, "many": 100, "cohort": 25, "rounds": 24, "epochs": 1}
     sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 8, "seeds": 2}
