@@ -1,6 +1,6 @@
 """A small GPT-2 learns the standard library's source text, packages spread over clients, in random subspaces: bits a byte against traffic.
 
-    python benchmarks/intrinsic_text.py             uncompressed averaging and four algorithms at two dimensions
+    python benchmarks/intrinsic_text.py             uncompressed averaging, four algorithms at two dimensions, and what 4 bits make of one
     python benchmarks/intrinsic_text.py --rounds 5  a look
 
 Everybody has the text: it is the running Python's, read byte by byte, so figures shift a little between versions. Clients hold few packages
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from featherlight.fed_loop import Federation
-from featherlight.plugins import IntrinsicProjection, Plugin
+from featherlight.plugins import IntrinsicProjection, Plugin, Quantization
 from featherlight.ssl_models import Dirichlet, LanguageModel, TextData
 
 CLIENTS, STEPS, BATCH, CONTEXT = 4, 6, 16, 64
@@ -51,6 +51,12 @@ def bits(module: LanguageModel, tokens: torch.Tensor) -> float:
         for part in tokens.long().split(256):
             total += float(module._loss((part[:, :-1], part[:, 1:]))) * len(part)
     return total / len(tokens) / math.log(2)
+
+
+def methods(dim: int, gain: float, options: dict[str, Any]) -> list[Plugin]:
+    """The projection, and what sends its numbers up in as few bits as they come down in."""
+    bits = options.get("down_bits", 32)
+    return [IntrinsicProjection(dim, gain=gain, **options), *([] if bits == 32 else [Quantization(bits)])]
 
 
 def run(plugins: list[Plugin], rounds: int, text: TextData) -> tuple[LanguageModel, Any]:
@@ -86,17 +92,18 @@ def main() -> None:
         table.add_column(heading, justify="right")
     choices: list[tuple[str, int | None, dict[str, Any]]] = [("uncompressed", None, {})]
     choices += [(name, dim, options) for dim in (size // 100, size // 10) for name, options in algorithms.items()]
+    choices += [
+        ("anew each round", size // 100, {"periods_per_span": 1}),
+        ("anew each round, 4 bits", 8 * size // 100, {"periods_per_span": 1, "down_bits": 4}),
+    ]
     whole = 0.0
     for name, dim, options in choices:
         started = time.perf_counter()
         gain = None
         if dim is not None:
-            tried = {
-                gain: bits(run([IntrinsicProjection(dim, gain=gain, **options)], max(1, rounds // 3), text)[0], trained_on)
-                for gain in GAINS
-            }
+            tried = {gain: bits(run(methods(dim, gain, options), max(1, rounds // 3), text)[0], trained_on) for gain in GAINS}
             gain = min(tried, key=lambda gain: tried[gain] if math.isfinite(tried[gain]) else math.inf)
-        module, result = run([] if dim is None else [IntrinsicProjection(dim, gain=gain, **options)], rounds, text)
+        module, result = run([] if dim is None or gain is None else methods(dim, gain, options), rounds, text)
         down, up = (sum(row[way] for row in result.history) / 1e6 for way in ("bytes_down", "bytes_up"))
         whole = whole or down + up
         table.add_row(
