@@ -1,13 +1,14 @@
 """Accuracy on CIFAR-10 of layer-wise and progressive federated pre-training, and of what is added to them, beside end to end, in one run.
 
     python benchmarks/layerwise_accuracy.py --data FOLDER                      FOLDER/train/CLASS/*.jpg, FOLDER/test/CLASS/*.jpg
-    python benchmarks/layerwise_accuracy.py --data FOLDER --partition many     25 of 100 clients in each round
+    python benchmarks/layerwise_accuracy.py --data FOLDER --partition many --images 5000      25 of 100 clients in each round
     python benchmarks/layerwise_accuracy.py --data FOLDER --partition iid --method moco_v3 --ways "end to end" "LW 2" Prog
-    python benchmarks/layerwise_accuracy.py --data FOLDER --method moco_v3 --depth 12 --width 192 --heads 3 --size 32 --images 45000 \\
+    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --optimizer adamw --width 48 --lr 2e-3
+    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --optimizer adamw --schedule constant --method moco_v3 --depth 12 --width 192 --heads 3 --size 32 --images 45000 \\
         --server 5000 --batch 512 --rounds 180 --epochs 3 --lr 3e-4 --hidden 512 --output 256 --tune-epochs 40 --test 10000
                                                                                the paper's size, which wants a GPU
 
-A ViT learns without labels (SimCLR, or MoCo v3 as in the paper, arXiv 2401.11647) and is judged by nearest neighbours, a linear probe and
+A ResNet-18 in its four groups, or a ViT as in the paper (arXiv 2401.11647), learns without labels (SimCLR, or MoCo v3 as there) and is judged by nearest neighbours, a linear probe and
 fine-tuning. "LW n" trains n blocks a stage, "Prog" grows by one a stage; depth dropout keeps half of the blocks at most; "LW-FedSSL" and
 "Prog-FedSSL" have alignment and server-side calibration, as the paper's versions 1 to 3. All ways have as many rounds, divided evenly among
 their stages, the same clients with the same images and the same first weights; the server's own images are no client's, and only
@@ -85,7 +86,10 @@ def fewer(folder: str, test: int, out: Path) -> Path:
 
 
 def judges(arguments: argparse.Namespace) -> list[Probe]:
-    tuning = FineTune(arguments.tune_epochs, arguments.tune_epochs // 4, lr=arguments.tune_lr, labels=arguments.labels, augment="crop_flip")
+    tuning = FineTune(
+        arguments.tune_epochs, arguments.tune_epochs // 4, lr=arguments.tune_lr, batch_size=arguments.tune_batch, labels=arguments.labels,
+        augment="crop_flip",
+    )  # fmt: skip
     return [KNN(), LinearProbe(), tuning]
 
 
@@ -172,16 +176,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/layerwise_accuracy.jsonl"))
     parser.add_argument("--backbone", choices=tuple(BLOCKS), default="resnet18_cifar", help="a ResNet's blocks are its four groups")
     parser.add_argument("--optimizer", default="sgd", help="of clients: sgd (momentum 0.9), adamw, …")
-    sizes = {"depth": 6, "width": 48, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
-    sizes |= {"images": 1000, "server": 200, "batch": 25, "clients": 10, "many": 100, "cohort": 25, "rounds": 24, "epochs": 1}
-    sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 8, "seeds": 2}
+    sizes = {"depth": 6, "width": 16, "heads": 2, "patch": 4, "size": 16, "hidden": 128, "output": 64}
+    sizes |= {"images": 1500, "server": 200, "batch": 25, "clients": 10, "many": 100, "cohort": 25, "rounds": 16, "epochs": 1}
+    sizes |= {"calibration": 1, "test": 2000, "tune-epochs": 8, "tune-batch": 32, "seeds": 2}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    numbers = {"lr": 2e-3, "temperature": 0.2, "alpha": 0.5, "alignment": 1.0, "tune-lr": 1e-3, "labels": 1.0}
+    numbers = {"lr": 0.05, "temperature": 0.2, "alpha": 0.5, "alignment": 1.0, "tune-lr": 1e-3, "labels": 1.0}
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--pool", choices=("token", "mean"), default="mean", help="what of the ViT's tokens the features are")
-    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
     left_out = ("data", "out", "seeds", "partition", "accelerator", "ways")
