@@ -4,16 +4,16 @@
     python benchmarks/layerwise_accuracy.py --data FOLDER --partition many --images 5000      25 of 100 clients in each round
     python benchmarks/layerwise_accuracy.py --data FOLDER --partition iid --method moco_v3 --ways "end to end" "LW 2" Prog
     python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --optimizer adamw --width 48 --lr 2e-3
-    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --optimizer adamw --schedule constant --method moco_v3 --depth 12 \\
-        --width 192 --heads 3 --size 32 --images 45000 --server 5000 --batch 512 --rounds 180 --epochs 3 --lr 3e-4 --hidden 512 \\
-        --output 256 --tune-epochs 40 --tune-batch 128 --test 10000
+    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --method moco_v3 --optimizer adamw --schedule constant \\
+        --depth 12 --width 192 --heads 3 --size 32 --images 45000 --server 5000 --batch 512 --rounds 180 --epochs 3 --lr 3e-4 \\
+        --hidden 512 --output 256 --tune-epochs 40 --tune-batch 128 --test 10000
                                                                                the paper's size, which wants a GPU
 
 A ResNet-18 in its four groups, or a ViT as in the paper (arXiv 2401.11647), learns without labels (SimCLR, or MoCo v3 as there) and is
-judged by nearest neighbours, a linear probe and fine-tuning. "LW n" trains n blocks a stage, "Prog" grows by one a stage; depth dropout keeps half of the blocks at most; "LW-FedSSL" and
-"Prog-FedSSL" have alignment and server-side calibration, as the paper's versions 1 to 3. All ways have as many rounds, divided evenly among
-their stages, the same clients with the same images and the same first weights; the server's own images are no client's, and only
-calibration looks at them. "untrained" is what random weights are worth, by the same judges.
+judged by nearest neighbours, a linear probe and fine-tuning. "LW n" trains n blocks a stage, "Prog" grows by one a stage; depth dropout
+keeps half of the blocks at most; "LW-FedSSL" and "Prog-FedSSL" have alignment and server-side calibration, as the paper's versions 1 to
+3. All ways have as many rounds, divided evenly among their stages, the same clients with the same images and the same first weights; the
+server's own images are no client's, and only calibration looks at them. "untrained" is what random weights are worth, by the same judges.
 
 The paper's goals (ViT-Tiny, 180 rounds, single runs): 2 blocks a stage equal end to end at 36 % of its memory; progressive is above it;
 with 25 of 100 clients layer-wise (57.4) and progressive (61.0) are above end to end (47.0). Costs are a client's: largest peak and most
