@@ -110,10 +110,16 @@ class PartitionedTraining(Plugin):
         self._model = model
         self._cut = Cut(model, self.cut, self.stem, self.tail, find_targets(model))
         self._trainable = [parameter for parameter in self._cut.parameters if parameter.requires_grad]
-        if self.front_checkpoint is not None:
-            load_front(self.front_checkpoint, {name: value for name, value in held(model).items() if self._cut.has(name)})
-        if self.way == "local_loss":
-            model.add_module(HEAD, self._head(model))
+        try:
+            head = self._head(model) if self.way == "local_loss" else None
+            if self.front_checkpoint is not None:
+                load_front(self.front_checkpoint, {name: value for name, value in held(model).items() if self._cut.has(name)})
+        except BaseException:
+            self._cut.remove()  # a plugin that cannot be attached leaves the model as it was
+            del self._model, self._cut, self._trainable
+            raise
+        if head is not None:
+            model.add_module(HEAD, head)
         if self.way == "classic":
             self._cut.remove()
 
@@ -166,10 +172,17 @@ class PartitionedTraining(Plugin):
         if hasattr(model, HEAD):
             raise ValueError(f"the model has {HEAD} already; only one plugin may give it one")
         classes = self.classes or getattr(model, "num_classes", None)
-        width = width_of(model.get_submodule(self.cut))
-        if classes is None or width is None:
+        if classes is None:
             raise ValueError(
                 f"way='local_loss' trains the front by a head of its own: give classes=..., how many {type(model).__name__} learns"
+            )
+        block = model.get_submodule(self.cut)
+        if (width := width_of(block)) is None:
+            parent = self.cut.rpartition(".")[0]
+            beside = [f"{parent}.{name}".lstrip(".") for name, one in model.get_submodule(parent).named_children() if width_of(one)]
+            raise ValueError(
+                f"way='local_loss' puts a head of its own behind the cut, and \"{self.cut}\" ({type(block).__name__}) has no layer that "
+                f"says how wide its output is: cut at a block with a linear layer, a convolution or a norm in it ({', '.join(beside)})"
             )
         head, like = AuxiliaryHead(width, classes), next(model.parameters())
         same = like.device == head.linear.weight.device and like.dtype == head.linear.weight.dtype
@@ -180,7 +193,11 @@ class PartitionedTraining(Plugin):
 
 
 class AuxiliaryHead(nn.Module):
-    """The mean over places and a linear layer: ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` → ``(N, classes)``."""
+    """The mean over places and a linear layer: ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` → ``(N, classes)``.
+
+    Raises:
+        ValueError: activations of another shape.
+    """
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -189,4 +206,11 @@ class AuxiliaryHead(nn.Module):
             self.linear = nn.Linear(width, classes)
 
     def forward(self, activations: Tensor) -> Tensor:
-        return self.linear({4: lambda x: x.mean((2, 3)), 3: lambda x: x.mean(1), 2: lambda x: x}[activations.ndim](activations))
+        over = {4: (2, 3), 3: (1,), 2: ()}.get(activations.ndim)
+        width = activations.shape[1 if activations.ndim == 4 else -1]
+        if over is None or width != self.linear.in_features:
+            raise ValueError(
+                f"activations of shape {tuple(activations.shape)} came to the device's own head, which takes (N, C, H, W), (N, L, C) or "
+                f"(N, C) with C = {self.linear.in_features}: cut at another block"
+            )
+        return self.linear(activations.mean(over) if over else activations)
