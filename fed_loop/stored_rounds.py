@@ -141,6 +141,8 @@ class StoredRounds:
                     partition.codec.check(value)
             except ValueError as error:
                 turn.rejected = turn.rejected or str(error)
+            for value in () if turn.rejected else activations:
+                partition.codec.check_sign(value)
             message |= encoded("{}.{}".format(*divmod(place, per_draw)), activations, divided.labels(partition.labels), partition.codec)
             if place == 0:
                 message |= heading(divided, activations)

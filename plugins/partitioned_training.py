@@ -49,7 +49,7 @@ class PartitionedTraining(Plugin):
         way: ``"replay"``, ``"split"``, ``"local_loss"`` or ``"classic"``.
         replay_period: rounds from one in which devices send to the next (2 in EcoFed).
         bits: of an activation on the wire: 2 to 8, or 32 for float32; by default 8 for replay, 32 for the others.
-        signed: whether activations may be negative; without, ReLU's are sent with twice the resolution.
+        signed: whether activations may be negative; without, ReLU's are sent with twice the resolution, and a negative one ends the run.
         buffer_bytes: what the server keeps at most; the oldest goes.
         buffer: ``"memory"``, or a folder on disk.
         draws: passes over its data, freshly augmented, that a device sends; rounds of training take turns with them.

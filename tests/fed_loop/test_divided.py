@@ -276,6 +276,8 @@ def test_messages_that_no_device_makes_are_refused():
         ({"images": None}, "lacks what says how to read it"),
         ({"0.0.0.codes": None}, "holds none"),
         ({"0.0.0.scale": torch.tensor(float("nan"))}, "not finite"),
+        ({"0.0.0.scale": torch.tensor(1e30)}, r"a magnitude of 1.27e\+32 are beyond 4194304"),
+        ({"0.0.0.scale": torch.tensor(-1.0)}, "scale of activations is -1.0, and should be above 0"),
         ({"0.0.0.codes": torch.zeros(2, 9, dtype=torch.int8)}, "codes of activations should be"),
         ({"activations": torch.tensor([[4]])}, "codes of activations should be"),
         ({"0.0.labels.0": torch.tensor([0])}, r"labels 0 of step 0 have shape \(1,\) for 2 samples"),
@@ -291,6 +293,37 @@ def test_settings_that_a_divided_model_cannot_have(net, points, federation):
         with pytest.raises(ValueError, match=r"clip=1.0 needs the norm of all gradients, of which device and server each have a part"):
             run(federation(1, clip=1.0), divided(way="split"))
     federation(1, clip=1.0).run(net(), points([8]), [divided()])  # the server has all that trains
+
+
+@pytest.mark.parametrize("way", ["replay", "split"])
+@pytest.mark.parametrize(
+    ("extra", "looks"),
+    [
+        (lambda x, y: (x, y, torch.arange(len(x))), r"\(a tensor of shape \(4, 6\), a tensor of shape \(4,\), a tensor of shape \(4,\)\)"),
+        (lambda x, y: (x, y, {"names": "theirs"}), r"a dict\): leave the rest out"),
+        (lambda x, y: (x, y[:1]), r"a tensor of shape \(1,\)\): leave"),
+        (lambda x, y: (x, None), r"a NoneType\)"),
+    ],
+    ids=["numbers of samples", "a dict", "too few labels", "nothing"],
+)
+def test_what_stands_behind_labels_is_refused_and_never_sent(extra, looks, way, net, points, federation, monkeypatch):
+    data, sent = points([8]), []
+    monkeypatch.setattr(stored_rounds, "pack", sent.append)
+    data.on_after_batch_transfer = lambda batch, index: extra(*batch)
+    with pytest.raises(ValueError, match=rf"batches must be \(images, labels\) or \(\(view, view\), labels\), .* {looks}"):
+        federation(1).run(net(), data, [divided(way=way)])
+    assert not any("labels" in name for message in sent for name in message)
+
+
+@pytest.mark.parametrize("way", ["replay", "split"])
+def test_unsigned_codes_of_activations_below_0_are_an_error(way, net, points, federation):
+    with pytest.raises(
+        ValueError, match=r"signed=False, and there are activations below 0 at the cut \(down to -.*set signed=True, or cut"
+    ):
+        federation(1).run(net(), points([8, 8]), [divided(way=way, bits=8, signed=False)])
+    data = points([8])
+    data.clients[0][0][0, 0] = float("nan")  # that is the device's own fault, and no setting's
+    assert federation(1).run(net(), data, [divided(way=way, bits=8, signed=False)]).rejected == 1
 
 
 def test_a_model_whose_step_goes_otherwise_through_the_front_is_refused(net, points, federation):
