@@ -12,7 +12,7 @@ from featherlight.plugins.base import Message
 WHOLE = 32
 """Bits that mean: float32 as it is."""
 BOUND = 2.0**22
-"""Largest magnitude of an activation: as of a weight in a federation's mean, which a server part trained on larger ones would not stay below."""
+"""Largest magnitude of an activation, as of a weight in a federation's mean: a server part trained on larger ones would not stay below."""
 
 
 class ActivationCodec:
@@ -80,8 +80,8 @@ class ActivationCodec:
         """
         if not self.signed and bool((x < 0).any()):
             raise ValueError(
-                f"signed=False, and there are activations below 0 at the cut (down to {float(x.detach().min()):.3g}), which it has no codes for: "
-                "set signed=True, or cut right behind a ReLU"
+                f"signed=False, and there are activations below 0 at the cut (down to {float(x.detach().min()):.3g}), "
+                "which it has no codes for: set signed=True, or cut right behind a ReLU"
             )
 
     def check_received(self, message: Message, shape: tuple[int, ...]) -> None:

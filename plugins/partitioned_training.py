@@ -50,8 +50,8 @@ class PartitionedTraining(Plugin):
         replay_period: rounds from one in which devices send to the next (2 in EcoFed).
         bits: of an activation on the wire: 2 to 8, or 32 for float32; by default 8 for replay, 32 for the others.
         signed: whether activations may be negative; without, ReLU's are sent with twice the resolution, and a negative one ends the run.
-        buffer_bytes: what the server keeps at most; the oldest goes.
-        buffer: ``"memory"``, or a folder on disk.
+        buffer_bytes: what the server keeps at most; the oldest goes. While a round runs, as many again of what comes in it.
+        buffer: ``"memory"``, or a folder on disk, in which every process has one of its own while it runs; nothing else there is touched.
         draws: passes over its data, freshly augmented, that a device sends; rounds of training take turns with them.
         joint: train one rear on all clients' batches together, in place of one for each. A model with a queue of keys (``MoCoV3``'s
             ``queue_size``) then has one for all clients, as in MocoSFL (Li et al., ICLR 2023), and can be trained in no other way.
@@ -139,6 +139,7 @@ class PartitionedTraining(Plugin):
 
     def detach(self) -> None:
         self._cut.remove()
+        self._buffer.close()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         if self.way == "local_loss":

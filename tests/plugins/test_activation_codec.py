@@ -74,7 +74,7 @@ def test_what_must_not_be_sent():
                 ActivationCodec(bits).check(torch.tensor([[1.0, bad]]))
     for bits in (8, WHOLE):
         for huge in (1e30, -(2.0**22) - 1):
-            with pytest.raises(ValueError, match="activations of a magnitude of .* are beyond 4194304"):
+            with pytest.raises(ValueError, match=r"activations of a magnitude of .* are beyond 4194304"):
                 ActivationCodec(bits).check(torch.tensor([[1.0, huge]]))
         with pytest.raises(ValueError, match=r"signed=False, and there are activations below 0 at the cut \(down to -0.5\)"):
             ActivationCodec(bits, signed=False).check_sign(torch.tensor([[1.0, -0.5]]))
