@@ -105,6 +105,11 @@ class StoredBatches:
         rows = self.rows(draw, step)
         return [self._codec.decode(self._of(draw, step, view), (rows, *shape)) for view, shape in enumerate(self._activations)]
 
+    def magnitude(self) -> float:
+        """Of the largest activation."""
+        steps = [(draw, step) for draw in range(self.draws) for step in range(self._steps[draw])]
+        return max(self._codec.magnitude(self._of(*step, view)) for step in steps for view in range(len(self._activations)))
+
     def batch(self, draw: int, step: int) -> tuple[list[tuple[int, ...]], tuple[Tensor, ...]]:
         """Shapes of the images, and the labels."""
         labels = tuple(self._message[f"{draw}.{step}.labels.{place}"] for place in range(self._places))

@@ -147,7 +147,7 @@ class Run:
         everybody.sort(key=lambda turn: turn.client)
         kept = processes.share(kept) if self.chain.remembers else {}
         self._whole = False  # from here to the end of the round, state is half old and half new
-        kind.settle(round)
+        kind.settle(round, everybody)
         self._remember(kept)
         own_turn = self._update(mean, clock)
         self._record(round, everybody, own_turn, time.perf_counter() - started)

@@ -101,17 +101,19 @@ def sketched(toys, settings):
 
 
 def replayed(toys, settings):
-    """A rear for each client behind a frozen front, from what the server keeps of four clients of five; one client rejected."""
+    """A rear for each client behind a frozen front, from what the server keeps of four clients of five, on disk where there is a folder; one
+    client rejected."""
     data = toys.Points([10, 3, 14, 6, 8])
     data.clients[3][0][0, 0] = float("nan")
-    plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000)]
+    buffer = "memory" if settings["folder"] is None else str(settings["folder"] / "buffer")
+    plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000, buffer=buffer)]
     return Federation(5, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
 
 
 def jointly(toys, settings):
-    """One rear for all, which one process trains."""
+    """One rear for all, which one process trains; devices that vanish."""
     plugins = [PartitionedTraining("blocks.1", replay_period=2, joint=True, draws=2, bits=6)]
-    return Federation(4, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+    return Federation(4, cohort=3, dropout=0.3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def queued(toys, settings):
@@ -122,9 +124,9 @@ def queued(toys, settings):
 
 
 def lockstep(toys, settings):
-    """Both parts train, step by step."""
+    """Both parts train, step by step; devices that vanish."""
     plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]
-    return Federation(2, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+    return Federation(2, dropout=0.3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def calibrated(toys, settings):
