@@ -57,13 +57,14 @@ class PartitionedTraining(Plugin):
             ``queue_size``) then has one for all clients, as in MocoSFL (Li et al., ICLR 2023), and can be trained in no other way.
         front_checkpoint: the front's weights: a Lightning checkpoint (of ``featherlight fit``, say), a federation's, a state_dict, or
             safetensors; or an address, such as torchvision publishes weights at, which is downloaded once; by default those that the model
-            has, such as ``pretrained`` ones. Names may stand below another prefix, or, in order, be other ones for the same layers.
+            has, such as ``pretrained`` ones. Names may stand below another prefix, or, in order, be other ones for the same layers. It is
+            read when a run starts; to resume one, it need not be there.
         labels: send labels; by default where a batch has one view.
         classes: outputs of the device's own head (``"local_loss"``); by default the model's ``num_classes``.
         stem, tail: what comes before and behind the cut block, where the order in which the model registers its modules does not say so.
 
     Raises:
-        ValueError: arguments that do not fit together; on attach, no such block.
+        ValueError: arguments that do not fit together; on attach, no such block; on start, a file that has no such front.
     """
 
     ordinary_server = False  # devices have the front
@@ -112,8 +113,6 @@ class PartitionedTraining(Plugin):
         self._trainable = [parameter for parameter in self._cut.parameters if parameter.requires_grad]
         try:
             head = self._head(model) if self.way == "local_loss" else None
-            if self.front_checkpoint is not None:
-                load_front(self.front_checkpoint, {name: value for name, value in held(model).items() if self._cut.has(name)})
         except BaseException:
             self._cut.remove()  # a plugin that cannot be attached leaves the model as it was
             del self._model, self._cut, self._trainable
@@ -122,6 +121,10 @@ class PartitionedTraining(Plugin):
             model.add_module(HEAD, head)
         if self.way == "classic":
             self._cut.remove()
+
+    def start(self) -> None:
+        if self.front_checkpoint is not None:
+            load_front(self.front_checkpoint, {name: value for name, value in held(self._model).items() if self._cut.has(name)})
 
     def advance(self, clock: Clock) -> Change:
         if self.way != "replay":

@@ -101,8 +101,8 @@ def sketched(toys, settings):
 
 
 def replayed(toys, settings):
-    """A rear for each client behind a frozen front, from what the server keeps of four clients of five, on disk where there is a folder; one
-    client rejected."""
+    """A rear for each client behind a frozen front, from what the server keeps (on disk where there is a folder) of four clients of five;
+    one client rejected."""
     data = toys.Points([10, 3, 14, 6, 8])
     data.clients[3][0][0, 0] = float("nan")
     buffer = "memory" if settings["folder"] is None else str(settings["folder"] / "buffer")
@@ -113,7 +113,8 @@ def replayed(toys, settings):
 def jointly(toys, settings):
     """One rear for all, which one process trains; devices that vanish."""
     plugins = [PartitionedTraining("blocks.1", replay_period=2, joint=True, draws=2, bits=6)]
-    return Federation(4, cohort=3, dropout=0.3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+    federation = Federation(4, cohort=3, dropout=0.3, seed=3, **settings)
+    return federation, toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def queued(toys, settings):

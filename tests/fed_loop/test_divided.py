@@ -498,3 +498,23 @@ def test_resumed_is_uninterrupted(where, options, net, points, federation, same,
         same(again, whole)
         if where == "memory":
             assert figures(resumed) == figures(result)
+
+
+@pytest.mark.parametrize("way", ["replay", "split", "classic"])
+def test_a_resumed_run_needs_no_file_of_the_front(way, net, points, federation, same, tmp_path):
+    """The checkpoint has its weights; a run that begins anew needs it, and leaves the model as it was without."""
+    front = tmp_path / "front.pt"
+    torch.save(net(seed=7).state_dict(), front)
+    plugin = {"way": way, "front_checkpoint": str(front)}
+    whole, again, other = net(), net(), net()
+    federation(3).run(whole, points([10, 6]), [divided(**plugin)])
+    federation(1, folder=tmp_path / "run").run(net(), points([10, 6]), [divided(**plugin)])
+    assert way != "replay" or torch.equal(whole.stem.weight, net(seed=7).stem.weight)
+    front.unlink()
+    federation(3, folder=tmp_path / "run").run(again, points([10, 6]), [divided(**plugin)], resume=True)
+    same(again.state_dict(), whole.state_dict())
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"front.pt does not exist"):
+            federation(1, folder=tmp_path / "other").run(other, points([10, 6]), [divided(**plugin)], resume=resume)
+    same(other.state_dict(), net().state_dict())
+    assert not other.blocks[1]._forward_hooks

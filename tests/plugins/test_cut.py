@@ -172,12 +172,12 @@ def test_a_head_of_its_own_needs_a_width():
     assert torch.equal(AuxiliaryHead(6, 3)(torch.ones(2, 6, 4, 4)), AuxiliaryHead(6, 3)(torch.ones(2, 6)))
 
 
-@pytest.mark.parametrize("options", [{"front_checkpoint": "gone.pt"}, {"way": "local_loss"}, {"way": "local_loss", "classes": 3}])
+@pytest.mark.parametrize("options", [{"way": "local_loss"}, {"way": "local_loss", "classes": 3}])
 def test_where_it_cannot_be_attached_the_model_is_as_before(options):
-    """No front, no number of classes, no width: in each case the cut was made already."""
+    """No number of classes, no width: in each case the cut was made already."""
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"gone.pt does not exist|classes=|how wide"):
+    with pytest.raises(ValueError, match=r"classes=|how wide"):
         PartitionedTraining("blocks.1", **options).attach(model)
     assert not model.blocks[1]._forward_hooks
     assert model.state_dict().keys() == before.keys()
