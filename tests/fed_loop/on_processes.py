@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from featherlight.plugins import (
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
+    Plugin,
     PrismSampling,
     ProgressiveGrowth,
     Proximal,
@@ -108,6 +110,18 @@ def replayed(toys, settings):
     buffer = "memory" if settings["folder"] is None else str(settings["folder"] / "buffer")
     plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000, buffer=buffer)]
     return Federation(5, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
+
+
+class Slow(Plugin):
+    """Time to be killed in."""
+
+    def after_step(self, clock):
+        time.sleep(0.02)
+
+
+def slowly(toys, settings):
+    federation, module, data, plugins = replayed(toys, settings)
+    return federation, module, data, [*plugins, Slow()]
 
 
 def jointly(toys, settings):
