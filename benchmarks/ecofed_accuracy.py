@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace, way: str, shards: int | None, seed: int) 
     )
     loading = PartitionedTraining(CUT, front_checkpoint=str(weights))  # whatever the way
     loading.attach(model)
+    loading.start()
     loading.detach()
     data = ImageData(
         "folder", root=str(own), image_size=arguments.size, views=1, batch_size=arguments.batch, num_clients=arguments.clients,

@@ -56,6 +56,7 @@ def sent(model: nn.Module, cut: int, bits: int, images: Tensor, front: str | Non
     """What the server reads of ``images`` where the model is cut behind block ``cut``."""
     plugin = PartitionedTraining(f"backbone.blocks.{cut}", bits=bits, signed=False, front_checkpoint=front)
     plugin.attach(model)
+    plugin.start()
     plugin.advance(Clock(0))
     partition = plugin.partition(Clock(0))
     assert partition is not None

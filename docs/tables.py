@@ -171,8 +171,9 @@ def wires() -> list[str]:
     """What each method alone has put on the wire after three rounds: kinds of entries down, kinds of entries up."""
     ways = [("federated averaging", None, {})]
     ways += [(f"`{name}`", name, {}) for name in methods(plugins, Plugin) if name != "PartitionedTraining"]
-    ways += [(f'`PartitionedTraining("{way}")`', "PartitionedTraining", {"way": way}) for way in ("replay", "split")]
-    ways += [('`PartitionedTraining("local_loss")`', "PartitionedTraining", {"way": "local_loss", "classes": 10})]
+    divided = {way: {"way": way, "cut": "norm"} for way in ("replay", "split", "local_loss")}  # statistics are in front, too
+    divided["local_loss"]["classes"] = 10
+    ways += [(f'`PartitionedTraining("{way}")`', "PartitionedTraining", own) for way, own in divided.items()]
     rows = []
     for shown, name, own in ways:
         model = Small()

@@ -13,10 +13,12 @@ from featherlight.plugins.activation_codec import ActivationCodec
 
 
 class DividedBatch(NamedTuple):
-    """``(images, labels, …)`` or ``((view, view), labels, …)``, taken apart.
+    """``(images, labels)`` or ``((view, view), labels)``, taken apart; labels may be missing.
+
+    What stands behind the images may leave the device, so nothing but labels may stand there.
 
     Args:
-        views: ``(N, …)`` each; single: whether they stood there alone, not in a tuple; others: the tensors behind them, such as labels.
+        views: ``(N, …)`` each; single: whether they stood there alone, not in a tuple; others: the labels, ``(N, …)``, or nothing.
     """
 
     views: tuple[Tensor, ...]
@@ -28,21 +30,32 @@ class DividedBatch(NamedTuple):
         """Take ``batch`` apart.
 
         Raises:
-            ValueError: its images are not found.
+            ValueError: its images are not found, or something else than one tensor of labels is behind them.
         """
         if isinstance(batch, Sequence) and batch:
             single = isinstance(batch[0], Tensor)
             views = (batch[0],) if single else tuple(batch[0]) if isinstance(batch[0], Sequence) else ()
-            if views and all(isinstance(view, Tensor) for view in views):
-                return cls(views, single, tuple(value for value in batch[1:] if isinstance(value, Tensor)))
+            others = tuple(batch[1:])
+            fits = all(isinstance(value, Tensor) and value.ndim and len(value) == len(views[0]) for value in others) if views else False
+            if fits and len(others) < 2 and all(isinstance(view, Tensor) for view in views):
+                return cls(views, single, others)
         raise ValueError(
-            f"to divide a model between device and server, batches must be (images, labels) or ((view, view), labels); "
-            f"this one is a {type(batch).__name__}"
+            "to divide a model between device and server, batches must be (images, labels) or ((view, view), labels), with a label for "
+            f"each image and nothing behind; this one is {_looks(batch)}: leave the rest out of the batch"
         )
 
     def labels(self, sent: bool | None) -> tuple[Tensor, ...]:
         """What of :attr:`others` travels. None: all where there is one view, nothing where there are several."""
         return self.others if sent or (sent is None and self.single) else ()
+
+
+def _looks(value: Any) -> str:
+    """What a batch is made of."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_looks, value))})"
+    return f"a {type(value).__name__}"
 
 
 def stand_in(shapes: Sequence[tuple[int, ...]], single: bool, labels: Sequence[Tensor]) -> Any:
@@ -91,6 +104,11 @@ class StoredBatches:
         """``(N, …)`` for each view, float32."""
         rows = self.rows(draw, step)
         return [self._codec.decode(self._of(draw, step, view), (rows, *shape)) for view, shape in enumerate(self._activations)]
+
+    def magnitude(self) -> float:
+        """Of the largest activation."""
+        steps = [(draw, step) for draw in range(self.draws) for step in range(self._steps[draw])]
+        return max(self._codec.magnitude(self._of(*step, view)) for step in steps for view in range(len(self._activations)))
 
     def batch(self, draw: int, step: int) -> tuple[list[tuple[int, ...]], tuple[Tensor, ...]]:
         """Shapes of the images, and the labels."""

@@ -72,6 +72,7 @@ class Lockstep:
 
         Raises:
             Refused: activations that must not be sent.
+            ValueError: the codec does not fit the model's.
         """
         partition = self._partition
         divided = DividedBatch.of(batch)
@@ -107,6 +108,7 @@ class Lockstep:
                     self._partition.codec.check(out)
                 except ValueError as error:
                     raise Refused(str(error)) from error
+                self._partition.codec.check_sign(out)
             entries |= {f"{place}.{part}": value for part, value in self._partition.codec.encode(out).items()}
         return entries
 

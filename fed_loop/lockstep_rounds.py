@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
 import torch
 
 from featherlight.fed_loop.aggregate import Mean
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import sample, steps_done
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights, refusal_told
 from featherlight.fed_loop.lockstep import Lockstep, Refused
@@ -47,18 +47,27 @@ class LockstepRounds:
     def cohort(self, partition: Partition, size: int | None, seed: int, round: int) -> list[int]:
         return sample(self._data.num_clients, size, seed, round)
 
-    def turns(self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message]]:
-        """Each client's turn and its new values: the front's as they arrived, the rear's as the server has them."""
+    def turns(
+        self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger, gone: Mapping[int, float]
+    ) -> Iterator[tuple[Turn, Message]]:
+        """Each client's turn and its new values: the front's as they arrived, the rear's as the server has them. A device in ``gone``
+        takes some steps with the server, and both parts of what they made are lost."""
         for index, stream in groupby(self._data.client_batches(visits, self._local_epochs), key=itemgetter(0)):
-            yield self._turn(partition, visits[index], (batch for _, batch in stream), server, ledger)
+            visit = visits[index]
+            batches: Iterable[Any] = (batch for _, batch in stream)
+            if visit.client in gone:
+                batches = islice(batches, steps_done(gone[visit.client], self._data.steps_per_visit(visit.client, self._local_epochs)))
+            yield self._turn(partition, visit, batches, server, ledger, arrives=visit.client not in gone)
 
     def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Mean) -> None:
         """Nothing is trained on several clients' data."""
 
-    def settle(self, partition: Partition, round: int) -> None:
+    def settle(self, partition: Partition, everybody: Sequence[Turn], round: int) -> None:
         """Nothing is kept."""
 
-    def _turn(self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger) -> tuple[Turn, Message]:
+    def _turn(
+        self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, arrives: bool
+    ) -> tuple[Turn, Message]:
         started = time.perf_counter()
         own = self._own
         plan = own.plan(visit)
@@ -100,6 +109,8 @@ class LockstepRounds:
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
             turn.rejected = turn.rejected or "loss is not finite"
+        if not arrives:
+            turn.rejected, turn.dropped_out = "", True
         return turn, self._update(partition, plan, device, turn, samples, (bytes_down, bytes_up), device_seconds, started)
 
     def _update(
@@ -116,12 +127,14 @@ class LockstepRounds:
         """Send the front, and put down what the turn cost."""
         bytes_down, bytes_up = traffic
         began = time.perf_counter()
-        payload = pack(device.sent)
+        payload = b"" if turn.dropped_out else pack(device.sent)
         seconds += time.perf_counter() - began
         turn.cost = self._meters.turn_cost(device, samples, bytes_down, bytes_up + len(payload), seconds)
         if not turn.rejected:
             server_seconds = time.perf_counter() - started - seconds
             turn.server = self._server_meters.turn_cost(server_plan(plan, device), samples, 0, 0, server_seconds)
+        if turn.dropped_out:
+            return {}
         rear_values = {name: value.detach() for name, value in plan.sent.items() if name not in device.sent}
         return unpack(payload, len(payload)) | rear_values
 

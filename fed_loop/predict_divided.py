@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins import Precision
 from torch import Tensor
 
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import sample, steps_done
 from featherlight.fed_loop.divided_batch import DividedBatch, encoded, heading
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights, refusal_told
 from featherlight.fed_loop.lockstep import Lockstep
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.round_kinds import gone_of
 from featherlight.fed_loop.stored_rounds import replay_cohort
 from featherlight.fed_loop.trainees import Trainee
 from featherlight.fed_loop.two_parts import (
@@ -34,6 +35,7 @@ from featherlight.fed_loop.wire import packed_length
 from featherlight.plugins import Clock, Message, Partition, Visit
 from featherlight.plugins.cost_table import CostTable, TurnCost
 from featherlight.plugins.optimizer_state import clear
+from featherlight.plugins.replay_buffer import fitting
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -56,6 +58,9 @@ class DividedPrediction:
             cohort = replay_cohort(partition, settings.cohort, settings.seed, round)
         else:
             cohort = sample(self._data.num_clients, settings.cohort, settings.seed, round)
+        gone = gone_of(partition, settings, cohort, round)
+        stay = [client for client in cohort if client not in gone]
+        stored: dict[int, int] = {}
         for client in cohort:
             visit = Visit(round, client, settings.seed)
             plan = self._own.plan(visit)
@@ -64,17 +69,22 @@ class DividedPrediction:
             self._own.module.zero_grad()
             with _unlogged():
                 if partition.buffer is None:
-                    self._together(partition, visit, plan, device)
+                    self._together(partition, visit, plan, device, gone.get(client))
+                elif client in gone:
+                    self._vanished(partition, visit, device, gone[client])
                 else:
-                    self._apart(partition, visit, plan, device, cohort)
+                    self._apart(partition, visit, plan, device, stay, stored)
+        if partition.buffer is not None:
+            for client in fitting(stored, partition.buffer.limit):
+                partition.buffer.note(client, round, stored[client])
         changed = [name for name in self._own.live if not partition.cut.has(name) or partition.buffer is None]
         self._ledger.changed(changed, round)
 
     # -- step by step -------------------------------------------------------------------------------------------------
-    def _together(self, partition: Partition, visit: Visit, plan: Plan, device: Plan) -> None:
-        sizes = self._data.batch_sizes(visit.client, self._settings.local_epochs)
+    def _together(self, partition: Partition, visit: Visit, plan: Plan, device: Plan, gone: float | None) -> None:
+        sizes = _done(self._data.batch_sizes(visit.client, self._settings.local_epochs), gone)
         down = self._down(visit, device, device.sent)
-        up = packed_length(device.sent)
+        up = packed_length(device.sent) if gone is None else 0
         for number, size in enumerate(sizes):
             if number < 2 or size not in self._lengths:
                 batch = as_weights(self._data.example_batch(size), self._precision)
@@ -106,19 +116,16 @@ class DividedPrediction:
         return self._lockstep
 
     # -- what is kept ---------------------------------------------------------------------------------------------------
-    def _apart(self, partition: Partition, visit: Visit, plan: Plan, device: Plan, cohort: Sequence[int]) -> None:
+    def _apart(self, partition: Partition, visit: Visit, plan: Plan, device: Plan, cohort: Sequence[int], stored: dict[int, int]) -> None:
+        """A turn that comes to its end; ``stored`` gets the length of its message."""
         assert partition.buffer is not None
         sizes = self._data.batch_sizes(visit.client, 1)
         stage = self._own.chain.stage(visit.round)
         if partition.devices_work:
-            for number, size in enumerate((sizes * partition.draws)[:2]):
-                if self._meters.wants(device.structure, number, size):
-                    views = DividedBatch.of(self._data.example_batch(size)).views
-                    _, cost = forward_only_metered(partition, views, self._precision)
-                    self._meters.note(cost)
-            down, up = self._down(visit, device, ()), self._stored_length(partition, sizes)
-            self._table.add(stage, visit.round, self._meters.turn_cost(device, sum(sizes) * partition.draws, down, up))
-            partition.buffer.note(visit.client, visit.round, up)
+            up = self._stored_length(partition, sizes)
+            partition.buffer.check(visit.client, up)
+            stored[visit.client] = up
+            self._forward(partition, visit, device, [*sizes] * partition.draws, up)
         else:
             self._table.add(stage, visit.round, TurnCost(params_held=device.params_held))
         if not partition.joint:
@@ -127,6 +134,21 @@ class DividedPrediction:
             of_all = [self._data.batch_sizes(client, 1) for client in cohort]
             longest = max(map(len, of_all))
             self._rear(partition, visit, plan, device, [sum(own[step] for own in of_all if step < len(own)) for step in range(longest)])
+
+    def _vanished(self, partition: Partition, visit: Visit, device: Plan, gone: float) -> None:
+        """A device that gets no further than some batch."""
+        sizes = [*self._data.batch_sizes(visit.client, 1)] * partition.draws
+        self._forward(partition, visit, device, _done(sizes, gone), 0)
+
+    def _forward(self, partition: Partition, visit: Visit, device: Plan, sizes: Sequence[int], up: int) -> None:
+        """A device's passes through the front, in batches of ``sizes``."""
+        for number, size in enumerate(sizes[:2]):
+            if self._meters.wants(device.structure, number, size):
+                views = DividedBatch.of(self._data.example_batch(size)).views
+                _, cost = forward_only_metered(partition, views, self._precision)
+                self._meters.note(cost)
+        down = self._down(visit, device, ())
+        self._table.add(self._own.chain.stage(visit.round), visit.round, self._meters.turn_cost(device, sum(sizes), down, up))
 
     def _rear(self, partition: Partition, visit: Visit, plan: Plan, device: Plan, sizes: Sequence[int]) -> None:
         rear: Any = Rear(self._own.module, partition)
@@ -177,6 +199,11 @@ class DividedPrediction:
     def _add_server(self, plan: Plan, device: Plan, visit: Visit, samples: int) -> None:
         cost = self._server_meters.turn_cost(server_plan(plan, device), samples, 0, 0)
         self._table.add_server(self._own.chain.stage(visit.round), visit.round, cost)
+
+
+def _done(sizes: Sequence[int], gone: float | None) -> Sequence[int]:
+    """The batches that a device gets to."""
+    return sizes if gone is None else sizes[: steps_done(gone, len(sizes))]
 
 
 def _length(message: Message) -> tuple[int, Message]:

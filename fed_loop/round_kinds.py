@@ -42,8 +42,12 @@ class RoundKind(Protocol):
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         """What is trained once all turns of this process are over."""
 
-    def settle(self, round: int) -> None:
-        """The round has come to its end: from here on it counts."""
+    def settle(self, round: int, everybody: Sequence[Turn]) -> None:
+        """The round has come to its end: from here on it counts.
+
+        Args:
+            everybody: all processes' turns, as they ended.
+        """
 
 
 class RoundKinds:
@@ -85,10 +89,8 @@ def check_partition(settings: Federation, partition: Partition | None, module: n
     """Refuse settings that a divided model cannot have, and a model whose queues several trainers would fill.
 
     Raises:
-        ValueError: clients are to drop out, or gradients to be clipped whose norm nobody has; a mean would be taken of what has none.
+        ValueError: gradients are to be clipped whose norm nobody has; a mean would be taken of what has none.
     """
-    if partition is not None and settings.dropout:
-        raise ValueError(f"dropout={settings.dropout}: where device and server divide the model, nobody drops out: leave it out")
     if partition is not None and partition.buffer is None and settings.clip is not None:
         raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
     queues = getattr(module, "queues", ())
@@ -97,6 +99,11 @@ def check_partition(settings: Federation, partition: Partition | None, module: n
             f'{type(module).__name__} pushes to "{queues[0]}" in every step, and of several clients\' queues there is no mean: have one '
             "server part train on all clients' activations (a divided model with joint=True), or make the model without (queue_size=0)"
         )
+
+
+def gone_of(partition: Partition, settings: Federation, cohort: Sequence[int], round: int) -> dict[int, float]:
+    """Who drops out of a round of a divided model, and how far each gets; nobody where devices rest."""
+    return dropouts(cohort, settings.dropout, settings.seed, round) if partition.devices_work else {}
 
 
 class _Whole:
@@ -129,7 +136,7 @@ class _Whole:
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         """Every client has trained alone."""
 
-    def settle(self, round: int) -> None:
+    def settle(self, round: int, everybody: Sequence[Turn]) -> None:
         """Nothing is kept."""
 
 
@@ -145,11 +152,12 @@ class _Divided:
     def turns(
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
     ) -> Iterator[tuple[Turn, Message, Message]]:
-        for turn, update in self._work.turns(self._partition, visits, server, ledger):
+        gone = gone_of(self._partition, self._settings, self.cohort(visits[0].round), visits[0].round) if visits else {}
+        for turn, update in self._work.turns(self._partition, visits, server, ledger, gone):
             yield turn, update, {}
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
         self._work.together(self._partition, turns, round, self._settings.seed, server, mean)
 
-    def settle(self, round: int) -> None:
-        self._work.settle(self._partition, round)
+    def settle(self, round: int, everybody: Sequence[Turn]) -> None:
+        self._work.settle(self._partition, everybody, round)

@@ -100,7 +100,14 @@ class Run:
     def go(self, resume: bool) -> Result:
         saved = SavedState(self)
         with self.processes.together():
-            done = saved.resume() if resume else saved.start_clean()
+            if not resume:
+                saved.start_clean()
+            done = saved.resume() if resume else None
+            if done is None:
+                self._start()
+        if done is None:
+            self.processes.from_first(self.server.values())
+            done = 0
         self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
         with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
             for round in range(done, self.settings.rounds):
@@ -114,6 +121,12 @@ class Run:
                 saved.write(round + 1)
         self._load_server()
         return self.result
+
+    def _start(self) -> None:
+        """No checkpoint has the weights: plugins bring in what comes from elsewhere."""
+        self._load_server()
+        self.chain.start()
+        self._adopt(-1)
 
     def close(self) -> None:
         self.chain.detach()
@@ -147,7 +160,7 @@ class Run:
         everybody.sort(key=lambda turn: turn.client)
         kept = processes.share(kept) if self.chain.remembers else {}
         self._whole = False  # from here to the end of the round, state is half old and half new
-        kind.settle(round)
+        kind.settle(round, everybody)
         self._remember(kept)
         own_turn = self._update(mean, clock)
         self._record(round, everybody, own_turn, time.perf_counter() - started)

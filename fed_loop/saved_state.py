@@ -43,7 +43,7 @@ class SavedState:
             "data": str(run.data.describe() if hasattr(run.data, "describe") else type(run.data).__name__),
         }
 
-    def start_clean(self) -> int:
+    def start_clean(self) -> None:
         """A new run, in a folder where no other has left anything.
 
         Raises:
@@ -54,10 +54,9 @@ class SavedState:
             raise ValueError(f"{last} is there already; go on from it with resume=True (--resume), or use another folder")
         if folder is not None and (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} holds another run's metrics.jsonl; use another folder")
-        return 0
 
-    def resume(self) -> int:
-        """Give the run the state of the newest checkpoint that can be read; returns how many rounds are done.
+    def resume(self) -> int | None:
+        """Give the run the state of the newest checkpoint that can be read; returns how many rounds are done, None where there is none.
 
         Raises:
             ValueError: no folder, no checkpoint that can be read, one of another run, or more rounds done than asked for.
@@ -72,7 +71,7 @@ class SavedState:
             if first:
                 run.report.say(f"there is no checkpoint in {folder}: starting from the first round")
                 run.report.resumed(None, run.result)
-            return 0
+            return None
         path, state, damaged = found
         check_same_run(path, state["fingerprint"], self.fingerprint())
         if self._settings.rounds < state["round"]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from featherlight.fed_loop.aggregate import Mean
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import sample, steps_done
 from featherlight.fed_loop.divided_batch import DividedBatch, StoredBatches, encoded, heading
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights, refusal_told
@@ -37,9 +37,13 @@ from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Clock, Message, Partition, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
+from featherlight.plugins.replay_buffer import ReplayBuffer, fitting
 from featherlight.plugins.seeds import derive
 from featherlight.plugins.step_cost import count_samples
 from featherlight.plugins.targets import follow
+
+FAR = 10.0
+"""How many times larger than the median client's largest activation a client's must be to be left out, where training on all failed."""
 
 
 class StoredRounds:
@@ -56,7 +60,7 @@ class StoredRounds:
         self._precision = processes.fabric.strategy.precision
         self.meters, self.server_meters = Meters(), Meters()
         self._understood = False
-        self._arrived: dict[int, bytes] = {}
+        self._blameless: set[int] = set()
 
     def cohort(self, partition: Partition, size: int | None, seed: int, round: int) -> list[int]:
         """Who takes part: of all clients where devices work, else of those who have something in the buffer."""
@@ -64,60 +68,125 @@ class StoredRounds:
             return sample(self._data.num_clients, size, seed, round)
         return replay_cohort(partition, size, seed, round)
 
-    def turns(self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message]]:
-        """Each client's turn and what it makes of the rear: its new values."""
-        self._arrived = {}
-        assert partition.buffer is not None
+    def turns(
+        self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger, gone: Mapping[int, float]
+    ) -> Iterator[tuple[Turn, Message]]:
+        """Each client's turn and what it makes of the rear: its new values. Of a device in ``gone`` nothing comes."""
+        buffer = _buffer(partition)
+        buffer.begin_round()
+        self._blameless = set()
         if not partition.devices_work:
             for visit in visits:
                 plan = self._own.plan(visit)
                 turn = Turn(visit.client, cost=TurnCost(params_held=device_plan(plan, partition).params_held))
                 turn.kept = ledger.after(visit.client, (), ())
-                yield turn, self._alone(partition, visit, partition.buffer.get(visit.client), server, turn)
+                yield turn, self._alone(partition, visit, buffer.get(visit.client), server, turn)
             return
         for index, stream in groupby(self._data.client_batches(visits, partition.draws), key=itemgetter(0)):
             visit = visits[index]
-            turn, message = self._device(partition, visit, (batch for _, batch in stream), server, ledger)
-            yield turn, {} if turn.rejected else self._alone(partition, visit, message, server, turn)
+            batches: Iterable[Any] = (batch for _, batch in stream)
+            if visit.client in gone:
+                batches = islice(batches, steps_done(gone[visit.client], self._data.steps_per_visit(visit.client, partition.draws)))
+            turn, message = self._device(partition, visit, batches, server, ledger, arrives=visit.client not in gone)
+            yield turn, {} if turn.rejected or turn.dropped_out else self._alone(partition, visit, message, server, turn)
+            if not (turn.rejected or turn.dropped_out):  # by now we know whether its update was taken
+                buffer.set_aside(visit.client, message, bounded=not partition.joint)
 
     def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Mean) -> None:
         """Where one rear trains on everybody's batches: the first process trains it. To be called once all turns are over."""
-        assert partition.buffer is not None
-        if self._processes.size > 1 and partition.devices_work:
-            own = {str(client): torch.frombuffer(bytearray(message), dtype=torch.uint8) for client, message in self._arrived.items()}
-            self._arrived = {int(client): value.numpy().tobytes() for client, value in self._processes.share(own).items()}
+        if partition.devices_work:
+            self._share(partition)
         if not partition.joint:
             return
         everybody = [Turn.from_json(item) for share in self._processes.gather([turn.to_json() for turn in turns]) for item in share]
-        clients = sorted(turn.client for turn in everybody if not turn.rejected)
-        told: dict[str, Any] = {"loss": 0.0, "rejected": ""}
+        clients = sorted(turn.client for turn in everybody if not (turn.rejected or turn.dropped_out))
         whole = Turn(-1)
+        far: dict[str, str] = {}
         if self._processes.rank == 0 and clients:
-            stored = [self._read(partition, self._arrived.get(client) or partition.buffer.get(client)) for client in clients]
-            first = Visit(round, clients[0], seed)
-            draw = 0 if partition.devices_work else round - min(partition.buffer.round_of(client) for client in clients)
-            update = self._train(partition, first, stored, draw, server, whole)
-            try:
-                mean.add({} if whole.rejected else update, 1.0)
-            except ValueError as error:
-                whole.rejected = str(error)
-            told = {"loss": whole.loss, "rejected": whole.rejected}
-        told = self._processes.gather(told)[0]
+            far = self._jointly(partition, clients, Visit(round, clients[0], seed), server, mean, whole)
+        told = self._processes.gather({"loss": whole.loss, "rejected": whole.rejected, "far": far})[0]
         for place, turn in enumerate(turns):
-            turn.loss, turn.rejected = told["loss"], turn.rejected or told["rejected"]
+            if not (turn.rejected or turn.dropped_out):
+                turn.loss, turn.rejected = told["loss"], told["far"].get(str(turn.client), told["rejected"])
             if place == 0 and self._processes.rank == 0:
                 turn.server = whole.server
+        if told["rejected"]:  # of all together, which says nothing against any one of their messages
+            self._blameless = {client for client in clients if str(client) not in told["far"]}
 
-    def settle(self, partition: Partition, round: int) -> None:
-        """What came in this round replaces what was there of the same clients; the same in every process."""
-        assert partition.buffer is not None
-        for client, message in sorted(self._arrived.items()):
-            partition.buffer.put(client, round, message)
-        self._arrived = {}
+    def settle(self, partition: Partition, everybody: Sequence[Turn], round: int) -> None:
+        """What came in this round replaces what was there of the same clients; what could not be trained on goes. The same in every
+        process."""
+        buffer = _buffer(partition)
+        refused = {turn.client for turn in everybody if turn.rejected} - self._blameless
+        if partition.devices_work:
+            buffer.keep_aside([client for client in buffer.aside if client not in refused])
+            buffer.commit(round)
+        else:
+            for client in refused:
+                buffer.drop(client)
+
+    def _share(self, partition: Partition) -> None:
+        """What is set aside in any process, one message after the other, as far as the limit has room: a rear that is trained jointly
+        needs all."""
+        if self._processes.size == 1:
+            return
+        buffer = _buffer(partition)
+        own = {str(client): size for client, size in buffer.aside.items()}
+        told = self._processes.gather([buffer.no_room_up_to, own])
+        no_room = max(up_to for up_to, _ in told)
+        sizes = {int(client): size for _, share in told for client, size in share.items() if int(client) > no_room}
+        wanted = sorted(sizes) if partition.joint else fitting(sizes, buffer.limit)
+        buffer.keep_aside(wanted)
+        for client in wanted:
+            mine = client in buffer.aside
+            name = str(client)
+            message = {name: torch.frombuffer(bytearray(buffer.get_aside(client)), dtype=torch.uint8)} if mine else {}
+            arrived = self._processes.share(message)
+            if not mine:
+                buffer.set_aside(client, arrived[name].numpy().tobytes(), bounded=False)
+
+    def _jointly(self, partition: Partition, clients: list[int], first: Visit, server: Message, mean: Mean, whole: Turn) -> dict[str, str]:
+        """One rear on all clients' activations. Where that fails, once more without those that are far beyond the others'.
+
+        Returns:
+            The clients whose activations were, and what is wrong with them.
+        """
+        buffer = _buffer(partition)
+        stored = {c: self._read(partition, buffer.get_aside(c) if c in buffer.aside else buffer.get(c)) for c in clients}
+        draw = 0 if partition.devices_work else first.round - min(buffer.round_of(client) for client in clients)
+        self._try(partition, first, [*stored.values()], draw, server, mean, whole)
+        if not whole.rejected:
+            return {}
+        sizes = {client: own.magnitude() for client, own in stored.items()}
+        usual = sorted(sizes.values())[(len(sizes) - 1) // 2]
+        far = {
+            str(client): f"activations of a magnitude of {size:.3g}, where half of the clients' are at most {usual:.3g}: {whole.rejected}"
+            for client, size in sizes.items()
+            if size > FAR * usual
+        }
+        left = [client for client in clients if str(client) not in far]
+        if far and left:
+            spent, whole.rejected, whole.steps = whole.server, "", 0
+            self._try(partition, first._replace(client=left[0]), [stored[client] for client in left], draw, server, mean, whole)
+            if spent is not None and whole.server is not None:
+                whole.server = spent.and_then(whole.server)
+        return far
+
+    def _try(
+        self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, mean: Mean, whole: Turn
+    ) -> None:
+        """Train one rear, and add it to ``mean`` or note why not."""
+        update = self._train(partition, visit, stored, age, server, whole)
+        try:
+            mean.add({} if whole.rejected else update, 1.0)
+        except ValueError as error:
+            whole.rejected = str(error)
 
     # -- the device -------------------------------------------------------------------------------------------------
-    def _device(self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger) -> tuple[Turn, bytes]:
-        """All of one client's data through the front, and the message that it sends."""
+    def _device(
+        self, partition: Partition, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, arrives: bool
+    ) -> tuple[Turn, bytes]:
+        """All of one client's data through the front, and the message that it sends; of one that drops out none arrives."""
         started = time.perf_counter()
         plan = device_plan(self._own.plan(visit), partition)
         turn = Turn(visit.client, kept=ledger.after(visit.client, plan.received, ()))
@@ -141,10 +210,14 @@ class StoredRounds:
                     partition.codec.check(value)
             except ValueError as error:
                 turn.rejected = turn.rejected or str(error)
+            for value in () if turn.rejected else activations:
+                partition.codec.check_sign(value)
             message |= encoded("{}.{}".format(*divmod(place, per_draw)), activations, divided.labels(partition.labels), partition.codec)
             if place == 0:
                 message |= heading(divided, activations)
-        up = b"" if turn.rejected else pack(message)
+        if not arrives:
+            turn.rejected, turn.dropped_out = "", True
+        up = b"" if turn.rejected or turn.dropped_out else pack(message)
         turn.cost = self.meters.turn_cost(plan, samples, len(down), len(up), time.perf_counter() - started - learned)
         return turn, up
 
@@ -160,25 +233,20 @@ class StoredRounds:
     # -- the server -------------------------------------------------------------------------------------------------
     def _alone(self, partition: Partition, visit: Visit, message: bytes, server: Message, turn: Turn) -> Message:
         """A copy of the rear, trained on one client's activations; nothing where all train one."""
-        assert partition.buffer is not None
-        if len(message) > partition.buffer.limit:
-            turn.rejected = f"its activations take {len(message)} bytes, and all there is for them is buffer_bytes={partition.buffer.limit}"
+        buffer = _buffer(partition)
+        if len(message) > buffer.limit:
+            turn.rejected = f"its activations take {len(message)} bytes, and all there is for them is buffer_bytes={buffer.limit}"
             return {}
         try:
             stored = self._read(partition, message)
         except ValueError as error:
             turn.rejected = str(error)
             return {}
-        age = 0
-        if partition.devices_work:
-            self._arrived[visit.client] = message
-        else:
-            age = visit.round - partition.buffer.round_of(visit.client)
+        age = 0 if partition.devices_work else visit.round - buffer.round_of(visit.client)
         return {} if partition.joint else self._train(partition, visit, [stored], age, server, turn)
 
     def _read(self, partition: Partition, message: bytes) -> StoredBatches:
-        assert partition.buffer is not None
-        return StoredBatches(unpack(message, partition.buffer.limit), partition.codec)
+        return StoredBatches(unpack(message, _buffer(partition).limit), partition.codec)
 
     def _train(self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, turn: Turn) -> Message:
         """The rear's new values after ``local_epochs`` passes from the server's; several clients' batches make one.
@@ -237,10 +305,14 @@ class StoredRounds:
 
 def replay_cohort(partition: Partition, size: int | None, seed: int, round: int) -> list[int]:
     """The clients of a round in which devices rest, ascending: as many of those in the buffer as a cohort has."""
-    assert partition.buffer is not None
-    there = partition.buffer.clients
+    there = _buffer(partition).clients
     size = len(there) if size is None else min(size, len(there))
     return [there[place] for place in sample(len(there), size, seed, round)] if there else []
+
+
+def _buffer(partition: Partition) -> ReplayBuffer:
+    assert partition.buffer is not None
+    return partition.buffer
 
 
 def steps_of(stored: Sequence[StoredBatches], turn: int) -> Iterator[list[tuple[StoredBatches, int, int]]]:

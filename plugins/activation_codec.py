@@ -11,6 +11,8 @@ from featherlight.plugins.base import Message
 
 WHOLE = 32
 """Bits that mean: float32 as it is."""
+BOUND = 2.0**22
+"""Largest magnitude of an activation, as of a weight in a federation's mean: a server part trained on larger ones would not stay below."""
 
 
 class ActivationCodec:
@@ -66,20 +68,27 @@ class ActivationCodec:
         """Refuse what must not be sent.
 
         Raises:
-            ValueError: NaN or infinity in ``x``, or values below 0 where the codec is unsigned.
+            ValueError: NaN, infinity or a magnitude beyond :data:`BOUND` in ``x``.
         """
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("activations are not finite")
-        if not self.signed and self.bits != WHOLE and bool((x < 0).any()):
+        _check_magnitude(x)
+
+    def check_sign(self, x: Tensor) -> None:
+        """Refuse a setting that ``x`` does not fit: such activations come from the model and the cut, not from one device's data.
+
+        Raises:
+            ValueError: values below 0 where the codec is unsigned.
+        """
+        if not self.signed and bool((x < 0).any()):
             raise ValueError(
-                f"there are activations below 0 (down to {float(x.min()):.3g}), which signed=False has no codes for: signed=True has"
+                f"signed=False, and there are activations below 0 at the cut (down to {float(x.detach().min()):.3g}), "
+                "which it has no codes for: set signed=True, or cut right behind a ReLU"
             )
 
     def check_received(self, message: Message, shape: tuple[int, ...]) -> None:
-        """Refuse what cannot have come from :meth:`encode` of a tensor of ``shape``.
+        """Refuse what cannot have come from :meth:`encode` of a tensor of ``shape`` that :meth:`check` lets through.
 
         Raises:
-            ValueError: an entry is missing, of another type or shape, or not finite.
+            ValueError: an entry is missing, of another type or shape, not finite, or absurdly large; a scale that is not above 0.
         """
         like = self.like(shape)
         for name, wanted in like.items():
@@ -87,8 +96,18 @@ class ActivationCodec:
             if value is None or value.shape != wanted.shape or value.dtype != wanted.dtype:
                 came = "nothing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(f"{name} of activations should be {wanted.dtype} of shape {tuple(wanted.shape)}; {came} came")
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError("activations are not finite")
+        if self.bits == WHOLE:
+            _check_magnitude(message["codes"])
+            return
+        _check_magnitude(message["scale"] * self._range[1] * 0.999)  # of the largest code; rounding may have carried it past the bound
+        if not bool(message["scale"] > 0):
+            raise ValueError(f"the scale of activations is {float(message['scale'])}, and should be above 0")
+
+    def magnitude(self, message: Message) -> float:
+        """Of the largest activation that :meth:`encode` made ``message`` of."""
+        if self.bits == WHOLE:
+            return float(message["codes"].abs().max()) if message["codes"].numel() else 0.0
+        return float(message["scale"]) * self._range[1]
 
     def like(self, shape: tuple[int, ...]) -> Message:
         """Shapes and types of what :meth:`encode` makes of a tensor of ``shape``, without data."""
@@ -104,6 +123,14 @@ class ActivationCodec:
     @property
     def _range(self) -> tuple[int, int]:
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+
+
+def _check_magnitude(x: Tensor) -> None:
+    largest = x.detach().abs().max() if x.numel() else torch.zeros(())
+    if not bool(torch.isfinite(largest)):  # a NaN is the largest
+        raise ValueError("activations are not finite")
+    if bool(largest > BOUND):
+        raise ValueError(f"activations of a magnitude of {float(largest):.3g} are beyond {BOUND:.0f}")
 
 
 def _in_bytes(bits: int) -> int:

@@ -68,11 +68,11 @@ class Plugin:
     :meth:`extra_loss`, :meth:`after_backward`, :meth:`after_update` and :meth:`after_step`; :meth:`detach` at the end. Between steps the
     model is as evaluation wants it.
 
-    A federated host attaches one instance to the server's model. It asks that one, for each client, to :meth:`narrow` the model and
-    to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and, once a round, to :meth:`lift`, for a
-    :meth:`calibration`, and to :meth:`settle`. To a module that :meth:`narrow` gave, it attaches a second instance made with the same
-    arguments, which gets the verbs of training, :meth:`recall`, :meth:`decode_down`, :meth:`encode` and :meth:`remember`; without one, the
-    first does both.
+    A federated host attaches one instance to the server's model, and has it :meth:`start` where a run begins anew. It asks that one, for
+    each client, to :meth:`narrow` the model and to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and,
+    once a round, to :meth:`lift`, for a :meth:`calibration`, and to :meth:`settle`. To a module that :meth:`narrow` gave, it
+    attaches a second instance made with the same arguments, which gets the verbs of training, :meth:`recall`, :meth:`decode_down`,
+    :meth:`encode` and :meth:`remember`; without one, the first does both.
     """
 
     same_for_all: ClassVar[bool] = False
@@ -131,6 +131,11 @@ class Plugin:
 
     def detach(self) -> None:
         """Leave an ordinary ``nn.Module``."""
+
+    # -- federated: the beginning ---------------------------------------------------------------------------------
+    def start(self) -> None:
+        """A run begins, behind :meth:`attach`, and no checkpoint holds its weights: bring in those that come from elsewhere. The server's
+        instance alone is asked; where a run is resumed it is not, so that files which may be gone are not needed."""
 
     # -- federated: structure -------------------------------------------------------------------------------------
     def agree(self) -> Sequence[Tensor]:

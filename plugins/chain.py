@@ -112,6 +112,10 @@ class Chain(Plugin):
         for plugin in reversed(self.plugins):
             plugin.detach()
 
+    def start(self) -> None:
+        for plugin in self.plugins:
+            plugin.start()
+
     def agree(self) -> Sequence[Tensor]:
         return [tensor for plugin in self.plugins for tensor in plugin.agree()]
 

@@ -33,6 +33,11 @@ class TurnCost:
     bytes_up: int = 0
     seconds: float = 0.0
 
+    def and_then(self, other: TurnCost) -> TurnCost:
+        """What both cost in one turn, one after the other."""
+        one, two = asdict(self), asdict(other)
+        return TurnCost(**{name: max(one[name], two[name]) if name in PEAKS else one[name] + two[name] for name in FIELDS})
+
 
 @dataclass
 class _Stage:

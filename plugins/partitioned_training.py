@@ -49,21 +49,22 @@ class PartitionedTraining(Plugin):
         way: ``"replay"``, ``"split"``, ``"local_loss"`` or ``"classic"``.
         replay_period: rounds from one in which devices send to the next (2 in EcoFed).
         bits: of an activation on the wire: 2 to 8, or 32 for float32; by default 8 for replay, 32 for the others.
-        signed: whether activations may be negative; without, ReLU's are sent with twice the resolution.
-        buffer_bytes: what the server keeps at most; the oldest goes.
-        buffer: ``"memory"``, or a folder on disk.
+        signed: whether activations may be negative; without, ReLU's are sent with twice the resolution, and a negative one ends the run.
+        buffer_bytes: what the server keeps at most; the oldest goes. While a round runs, as many again of what comes in it.
+        buffer: ``"memory"``, or a folder on disk, in which every process has one of its own while it runs; nothing else there is touched.
         draws: passes over its data, freshly augmented, that a device sends; rounds of training take turns with them.
         joint: train one rear on all clients' batches together, in place of one for each. A model with a queue of keys (``MoCoV3``'s
             ``queue_size``) then has one for all clients, as in MocoSFL (Li et al., ICLR 2023), and can be trained in no other way.
         front_checkpoint: the front's weights: a Lightning checkpoint (of ``featherlight fit``, say), a federation's, a state_dict, or
             safetensors; or an address, such as torchvision publishes weights at, which is downloaded once; by default those that the model
-            has, such as ``pretrained`` ones. Names may stand below another prefix, or, in order, be other ones for the same layers.
+            has, such as ``pretrained`` ones. Names may stand below another prefix, or, in order, be other ones for the same layers. It is
+            read when a run starts; to resume one, it need not be there.
         labels: send labels; by default where a batch has one view.
         classes: outputs of the device's own head (``"local_loss"``); by default the model's ``num_classes``.
         stem, tail: what comes before and behind the cut block, where the order in which the model registers its modules does not say so.
 
     Raises:
-        ValueError: arguments that do not fit together; on attach, no such block.
+        ValueError: arguments that do not fit together; on attach, no such block; on start, a file that has no such front.
     """
 
     ordinary_server = False  # devices have the front
@@ -110,12 +111,20 @@ class PartitionedTraining(Plugin):
         self._model = model
         self._cut = Cut(model, self.cut, self.stem, self.tail, find_targets(model))
         self._trainable = [parameter for parameter in self._cut.parameters if parameter.requires_grad]
-        if self.front_checkpoint is not None:
-            load_front(self.front_checkpoint, {name: value for name, value in held(model).items() if self._cut.has(name)})
-        if self.way == "local_loss":
-            model.add_module(HEAD, self._head(model))
+        try:
+            head = self._head(model) if self.way == "local_loss" else None
+        except BaseException:
+            self._cut.remove()  # a plugin that cannot be attached leaves the model as it was
+            del self._model, self._cut, self._trainable
+            raise
+        if head is not None:
+            model.add_module(HEAD, head)
         if self.way == "classic":
             self._cut.remove()
+
+    def start(self) -> None:
+        if self.front_checkpoint is not None:
+            load_front(self.front_checkpoint, {name: value for name, value in held(self._model).items() if self._cut.has(name)})
 
     def advance(self, clock: Clock) -> Change:
         if self.way != "replay":
@@ -133,6 +142,7 @@ class PartitionedTraining(Plugin):
 
     def detach(self) -> None:
         self._cut.remove()
+        self._buffer.close()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         if self.way == "local_loss":
@@ -166,10 +176,17 @@ class PartitionedTraining(Plugin):
         if hasattr(model, HEAD):
             raise ValueError(f"the model has {HEAD} already; only one plugin may give it one")
         classes = self.classes or getattr(model, "num_classes", None)
-        width = width_of(model.get_submodule(self.cut))
-        if classes is None or width is None:
+        if classes is None:
             raise ValueError(
                 f"way='local_loss' trains the front by a head of its own: give classes=..., how many {type(model).__name__} learns"
+            )
+        block = model.get_submodule(self.cut)
+        if (width := width_of(block)) is None:
+            parent = self.cut.rpartition(".")[0]
+            beside = [f"{parent}.{name}".lstrip(".") for name, one in model.get_submodule(parent).named_children() if width_of(one)]
+            raise ValueError(
+                f"way='local_loss' puts a head of its own behind the cut, and \"{self.cut}\" ({type(block).__name__}) has no layer that "
+                f"says how wide its output is: cut at a block with a linear layer, a convolution or a norm in it ({', '.join(beside)})"
             )
         head, like = AuxiliaryHead(width, classes), next(model.parameters())
         same = like.device == head.linear.weight.device and like.dtype == head.linear.weight.dtype
@@ -180,7 +197,11 @@ class PartitionedTraining(Plugin):
 
 
 class AuxiliaryHead(nn.Module):
-    """The mean over places and a linear layer: ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` → ``(N, classes)``."""
+    """The mean over places and a linear layer: ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` → ``(N, classes)``.
+
+    Raises:
+        ValueError: activations of another shape.
+    """
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -189,4 +210,11 @@ class AuxiliaryHead(nn.Module):
             self.linear = nn.Linear(width, classes)
 
     def forward(self, activations: Tensor) -> Tensor:
-        return self.linear({4: lambda x: x.mean((2, 3)), 3: lambda x: x.mean(1), 2: lambda x: x}[activations.ndim](activations))
+        over = {4: (2, 3), 3: (1,), 2: ()}.get(activations.ndim)
+        width = activations.shape[1 if activations.ndim == 4 else -1]
+        if over is None or width != self.linear.in_features:
+            raise ValueError(
+                f"activations of shape {tuple(activations.shape)} came to the device's own head, which takes (N, C, H, W), (N, L, C) or "
+                f"(N, C) with C = {self.linear.in_features}: cut at another block"
+            )
+        return self.linear(activations.mean(over) if over else activations)

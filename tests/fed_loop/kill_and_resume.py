@@ -42,7 +42,8 @@ def train(folder, every, said):
         sys.stderr = (folder.parent / f"{folder.name}.err").open("a")
     plugins = [LayerFreezing(blocks="blocks.*", periods_per_stage=2, init="copy_previous"), DepthDropout(blocks="blocks.*")]
     if folder.name.startswith("replay"):
-        plugins = [PartitionedTraining("blocks.1", replay_period=3)]
+        buffer = str(folder / "buffer") if "on disk" in folder.name else "memory"
+        plugins = [PartitionedTraining("blocks.1", replay_period=3, buffer=buffer)]
     plugins.append(Say(said))
     federation = Federation(6, cohort=3, seed=4, server=Adam(0.1), folder=folder, checkpoint_every=every, accelerator="cpu", progress=False)
     module = toys.Net(dropout=0.3)
@@ -77,6 +78,7 @@ if __name__ == "__main__":
     for name, number, every in (
         ("killed", signal.SIGKILL, 1),
         ("replay killed", signal.SIGKILL, 1),
+        ("replay on disk killed", signal.SIGKILL, 1),
         ("interrupted", signal.SIGINT, 1),
         ("seldom saved", signal.SIGTERM, 100),
     ):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from featherlight.plugins import (
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
+    Plugin,
     PrismSampling,
     ProgressiveGrowth,
     Proximal,
@@ -101,17 +103,32 @@ def sketched(toys, settings):
 
 
 def replayed(toys, settings):
-    """A rear for each client behind a frozen front, from what the server keeps of four clients of five; one client rejected."""
+    """A rear for each client behind a frozen front, from what the server keeps (on disk where there is a folder) of four clients of five;
+    one client rejected."""
     data = toys.Points([10, 3, 14, 6, 8])
     data.clients[3][0][0, 0] = float("nan")
-    plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000)]
+    buffer = "memory" if settings["folder"] is None else str(settings["folder"] / "buffer")
+    plugins = [PartitionedTraining("blocks.1", replay_period=2, buffer_bytes=3000, buffer=buffer)]
     return Federation(5, seed=3, **settings), toys.Net(dropout=0.3), data, plugins
 
 
+class Slow(Plugin):
+    """Time to be killed in."""
+
+    def after_step(self, clock):
+        time.sleep(0.02)
+
+
+def slowly(toys, settings):
+    federation, module, data, plugins = replayed(toys, settings)
+    return federation, module, data, [*plugins, Slow()]
+
+
 def jointly(toys, settings):
-    """One rear for all, which one process trains."""
+    """One rear for all, which one process trains; devices that vanish."""
     plugins = [PartitionedTraining("blocks.1", replay_period=2, joint=True, draws=2, bits=6)]
-    return Federation(4, cohort=3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+    federation = Federation(4, cohort=3, dropout=0.3, seed=3, **settings)
+    return federation, toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def queued(toys, settings):
@@ -122,9 +139,9 @@ def queued(toys, settings):
 
 
 def lockstep(toys, settings):
-    """Both parts train, step by step."""
+    """Both parts train, step by step; devices that vanish."""
     plugins = [PartitionedTraining("blocks.1", way="local_loss", classes=3)]
-    return Federation(2, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
+    return Federation(2, dropout=0.3, seed=3, **settings), toys.Net(dropout=0.3), toys.Points([10, 3, 14, 6]), plugins
 
 
 def calibrated(toys, settings):

@@ -35,7 +35,8 @@ def test_accounting_for_a_message_touches_no_file(tmp_path):
     assert prediction.note(4, 1, 6) == [3]
     assert run.get(3) == b"sixsix"
     run.put(4, 1, b"sixsix")
-    assert [path.name for path in tmp_path.iterdir()] == ["client-000004.safetensors"]
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["client-000004.safetensors"]
+    run.close()
 
 
 def test_a_rehearsal_changes_no_buffer(net, points, federation, same):

@@ -93,6 +93,61 @@ def test_a_share_out_of_range(share, federation):
         federation(1, dropout=share)
 
 
-def test_refused_where_the_model_is_divided(net, points, federation):
-    with pytest.raises(ValueError, match="nobody drops out"):
-        federation(1, dropout=0.5).run(net(), points(SIZES), [PartitionedTraining("blocks.1")])
+WAYS = {
+    "replay": {"replay_period": 2},
+    "joint, draws": {"joint": True, "draws": 2},
+    "on disk": {"replay_period": 3, "draws": 2, "buffer": "disk"},
+    "split": {"way": "split"},
+    "local loss": {"way": "local_loss", "classes": 3},
+}
+
+
+@pytest.fixture
+def divided(tmp_path):
+    def make(way):
+        options = {**WAYS[way]}
+        if options.get("buffer") == "disk":
+            options["buffer"] = str(tmp_path / "buffer")
+        return [PartitionedTraining("blocks.1", **options)]
+
+    return make
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_predicted_is_measured_of_a_divided_model(way, divided, net, points, federation, cost_of):
+    settings = federation(3, dropout=0.4, seed=5, cohort=4)
+    assert cost_of(predict(settings, net, points(SIZES), divided(way))) == cost_of(settings.run(net(), points(SIZES), divided(way)).cost)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_is_uninterrupted_of_a_divided_model(way, divided, tmp_path, net, points, federation, same, figures):
+    def run(rounds, folder, resume=False):
+        module = net(dropout=0.3)
+        settings = federation(rounds, cohort=4, dropout=0.5, seed=1, folder=folder)
+        result = settings.run(module, points(SIZES), divided(way), resume=resume)
+        return module.state_dict(), figures(result)
+
+    whole, wanted = run(3, None)
+    run(1, tmp_path)
+    resumed, told = run(3, tmp_path, resume=True)
+    same(resumed, whole)
+    assert told == wanted
+
+
+def test_of_a_device_that_vanished_nothing_is_kept_but_what_it_sent_before(net, points, federation, same):
+    """Round 0 is that of those who stay; in round 2 of all, what others sent in round 0 still replays in round 3."""
+    gone = [[*dropouts(range(5), 0.4, 5, round)] for round in (0, 2)]
+    assert gone[0] != gone[1]
+    stay = [[client for client in range(5) if client not in away] for away in gone]
+    result = federation(4, dropout=0.4, seed=5).run(net(), points(SIZES), [PartitionedTraining("blocks.1")])
+    ever = len({*stay[0], *stay[1]})
+    assert [row["stored_clients"] for row in result.history] == [3, 3, ever, ever]
+    assert [(row["clients"], row["dropped_out"]) for row in result.history] == [(3, 2), (3, 0), (3, 2), (ever, 0)]
+
+    module, others = net(), net()
+    federation(2, dropout=0.4, seed=5).run(module, points(SIZES), [PartitionedTraining("blocks.1")])
+    left = points([SIZES[client] for client in stay[0]])
+    left.clients = [points(SIZES).clients[client] for client in stay[0]]
+    federation(2, seed=5).run(others, left, [PartitionedTraining("blocks.1")])
+    for name, value in others.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, msg=name)

@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,28 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         same(resumed, weights)
         rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3, "held_near": 5}  # one client, each time
         assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
+
+
+def test_two_processes_killed_at_a_random_moment(runs, same, tmp_path):
+    """Replay from two buffers in one folder: what is resumed, in one process, ends as what nobody killed, in memory, and leaves no file."""
+    seed = os.environ.get("PYTEST_SEED", str(random.randrange(10**6)))
+    print(f"PYTEST_SEED={seed}")
+    folder = tmp_path / "slowly"
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with (tmp_path / "said").open("w") as said:
+        command = [*LAUNCHERS["devices=2"], tmp_path, "2", "slowly"]
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=free, start_new_session=True)
+        until = time.time() + 200
+        while not (folder / "round-000001.ckpt").exists() and process.poll() is None and time.time() < until:
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "said").read_text()[-3000:]
+    assert (folder / "round-000001.ckpt").exists()
+    assert not (folder / "done.pt").exists()
+    assert len([*(folder / "buffer").iterdir()]) == 2
+    resumed, _ = runs.run("slowly", folder, resume=True)
+    weights, figures = runs.run("slowly")
+    same(resumed, weights)
+    assert json.loads((folder / "figures.json").read_text()) == json.loads(json.dumps(figures))
+    assert not [*(folder / "buffer").iterdir()]

@@ -76,7 +76,7 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["killed", "replay killed", "interrupted", "seldom saved"])
+@pytest.mark.parametrize("how", ["killed", "replay killed", "replay on disk killed", "interrupted", "seldom saved"])
 def test_stopped_at_a_random_moment(how, stopped, same):
     killed = how.endswith("killed")
     whole = "replay whole" if how.startswith("replay") else "whole"
@@ -84,6 +84,7 @@ def test_stopped_at_a_random_moment(how, stopped, same):
     same(*(torch.load(stopped / name / "done.pt") for name in (how, whole)))
     figures, wanted = (json.loads((stopped / name / "figures.json").read_text()) for name in (how, whole))
     assert figures == wanted
+    assert not list((stopped / how).glob("buffer/*"))  # not even what the killed process left
     if not killed:
         said = " ".join((stopped / f"{how}.err").read_text().split())
         assert "interrupted; saved" in said

@@ -72,8 +72,12 @@ def test_what_must_not_be_sent():
         for bits in (8, WHOLE):
             with pytest.raises(ValueError, match="activations are not finite"):
                 ActivationCodec(bits).check(torch.tensor([[1.0, bad]]))
-    with pytest.raises(ValueError, match=r"activations below 0 \(down to -0.5\), which signed=False has no codes for"):
-        ActivationCodec(8, signed=False).check(torch.tensor([[1.0, -0.5]]))
+    for bits in (8, WHOLE):
+        for huge in (1e30, -(2.0**22) - 1):
+            with pytest.raises(ValueError, match=r"activations of a magnitude of .* are beyond 4194304"):
+                ActivationCodec(bits).check(torch.tensor([[1.0, huge]]))
+        with pytest.raises(ValueError, match=r"signed=False, and there are activations below 0 at the cut \(down to -0.5\)"):
+            ActivationCodec(bits, signed=False).check_sign(torch.tensor([[1.0, -0.5]]))
     with pytest.raises(ValueError, match="bits=12: give 2 to 8, or 32"):
         ActivationCodec(12)
 
@@ -89,3 +93,15 @@ def test_what_cannot_have_come_from_it_is_refused(bits):
     name = "codes" if bits == WHOLE else "scale"
     with pytest.raises(ValueError, match="not finite"):
         codec.check_received({**good, name: torch.full_like(good[name], float("nan"))}, (2, 3, 4))
+    with pytest.raises(ValueError, match="beyond 4194304"):
+        codec.check_received({**good, name: torch.full_like(good[name], 1e30)}, (2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", [*ALL, (WHOLE, True)], ids=str)
+def test_the_largest_that_may_be_sent_may_be_received(kind):
+    x = torch.tensor([[2.0**22, 1.0]])
+    codec = ActivationCodec(*kind)
+    codec.check(x)
+    message = codec.encode(x)
+    codec.check_received(message, (1, 2))
+    assert codec.magnitude(message) == pytest.approx(2.0**22)

@@ -6,6 +6,7 @@ from torch import nn
 
 from featherlight.plugins import Chain, Clock, DepthDropout, IntrinsicProjection, LayerFreezing, PartitionedTraining, PrismSampling
 from featherlight.plugins.cut import Cut, InOrder
+from featherlight.plugins.partitioned_training import AuxiliaryHead
 from featherlight.ssl_models import Classifier
 
 
@@ -159,6 +160,29 @@ def test_a_device_has_a_head_of_its_own_where_its_loss_is_local():
     assert model.get_submodule("auxiliary_head").linear.weight.shape == (3, 6)
     plugin.detach()
     assert not hasattr(model, "auxiliary_head")
+
+
+def test_a_head_of_its_own_needs_a_width():
+    message = r'"blocks.1" \(ReLU\) has no layer that says how wide its output is: cut at .* \(blocks.0, blocks.2, blocks.3\)'
+    with pytest.raises(ValueError, match=message):
+        PartitionedTraining("blocks.1", way="local_loss", classes=3).attach(Net())
+    for shape in ((2, 5), (2, 6, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"came to the device's own head, which takes \(N, C, H, W\), .* with C = 6: cut at another"):
+            AuxiliaryHead(6, 3)(torch.ones(shape))
+    assert torch.equal(AuxiliaryHead(6, 3)(torch.ones(2, 6, 4, 4)), AuxiliaryHead(6, 3)(torch.ones(2, 6)))
+
+
+@pytest.mark.parametrize("options", [{"way": "local_loss"}, {"way": "local_loss", "classes": 3}])
+def test_where_it_cannot_be_attached_the_model_is_as_before(options):
+    """No number of classes, no width: in each case the cut was made already."""
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"classes=|how wide"):
+        PartitionedTraining("blocks.1", **options).attach(model)
+    assert not model.blocks[1]._forward_hooks
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model(torch.ones(2, 4)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

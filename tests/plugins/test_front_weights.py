@@ -18,6 +18,11 @@ class Net(nn.Module):
         self.blocks = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 3))
 
 
+def loaded(plugin, model):
+    plugin.attach(model)
+    plugin.start()
+
+
 WRITE = {
     "lightning.ckpt": lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),
     "round-000001.ckpt": lambda state, path: torch.save({"server": state, "round": 1}, path),
@@ -31,7 +36,7 @@ def test_the_front_comes_from_a_file(name, tmp_path):
     pretrained, model = Net(), Net()
     rear = model.blocks[2].weight.clone()
     WRITE[name]({**pretrained.state_dict(), "blocks.2.weight": torch.zeros(9)}, tmp_path / name)  # another rear: it is not looked at
-    PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(model)
+    loaded(PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)), model)
     assert torch.equal(model.blocks[0].weight, pretrained.blocks[0].weight)
     assert torch.equal(model.blocks[2].weight, rear)
 
@@ -58,7 +63,7 @@ def test_files_that_are_no_front(tmp_path, capsys):
         ("none.ckpt", "none.ckpt does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
-            PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)).attach(Net())
+            loaded(PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / name)), Net())
     assert "code" not in capsys.readouterr().out
 
 
@@ -101,7 +106,7 @@ def test_the_front_comes_from_what_torchvision_publishes(backbone, hub, tmp_path
     address = published(theirs, tmp_path, "vgg11_bn")
     model = Classifier(backbone).eval()
     plugin = PartitionedTraining("backbone.blocks.1", front_checkpoint=address)
-    plugin.attach(model)
+    loaded(plugin, model)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(plugin.partition(Clock(0)).cut.run(x), theirs.features[:8](x))
@@ -109,7 +114,7 @@ def test_the_front_comes_from_what_torchvision_publishes(backbone, hub, tmp_path
     plugin.detach()
     next(tmp_path.glob("vgg11_bn-*")).unlink()
     again = Classifier(backbone)
-    PartitionedTraining("backbone.blocks.1", front_checkpoint=address).attach(again)
+    loaded(PartitionedTraining("backbone.blocks.1", front_checkpoint=address), again)
     assert torch.equal(again.backbone.blocks[1].conv.weight, theirs.features[4].weight)
 
 
@@ -117,7 +122,7 @@ def test_published_weights_without_norms_do_not_fit_a_front_with_norms(tmp_path)
     torch.save(vgg11(norm=False).state_dict(), tmp_path / "vgg11.pth")
     message = r'vgg11.pth has no "backbone.blocks.0.conv.weight" \(it has features.0.weight, .*where it has "features.3.weight" of shape '
     with pytest.raises(ValueError, match=message + r'\(128, 64, 3, 3\), the front has "backbone.blocks.0.norm.weight" of shape \(64,\)$'):
-        PartitionedTraining("backbone.blocks.1", front_checkpoint=str(tmp_path / "vgg11.pth")).attach(Classifier("vgg11"))
+        loaded(PartitionedTraining("backbone.blocks.1", front_checkpoint=str(tmp_path / "vgg11.pth")), Classifier("vgg11"))
 
 
 @pytest.mark.parametrize("way", ["front_checkpoint", "pretrained"])
@@ -128,7 +133,7 @@ def test_a_model_of_torchvision_takes_torchvision_weights_by_their_names(way, hu
     hub.mkdir(parents=True)
     torch.save(theirs.state_dict(), path)
     model = Classifier("torchvision/resnet18", pretrained=way == "pretrained")
-    PartitionedTraining("backbone.layer1", front_checkpoint=str(path) if way == "front_checkpoint" else None).attach(model)
+    loaded(PartitionedTraining("backbone.layer1", front_checkpoint=str(path) if way == "front_checkpoint" else None), model)
     for part in ("conv1", "bn1", "layer1"):
         for name, value in theirs.get_submodule(part).state_dict().items():
             assert torch.equal(model.backbone.get_submodule(part).state_dict()[name], value), name
@@ -138,16 +143,16 @@ def test_counts_that_old_files_lack_are_left(tmp_path):
     theirs = vgg11(norm=True)
     torch.save({name: value for name, value in theirs.state_dict().items() if "num_batches" not in name}, tmp_path / "old.pth")
     model = Classifier("vgg11")
-    PartitionedTraining("backbone.blocks.1", front_checkpoint=str(tmp_path / "old.pth")).attach(model)
+    loaded(PartitionedTraining("backbone.blocks.1", front_checkpoint=str(tmp_path / "old.pth")), model)
     assert torch.equal(model.backbone.blocks[1].norm.running_var, theirs.features[5].running_var)
 
 
 def test_downloads_that_are_not_what_their_name_says(hub, tmp_path):
     address = published(Net(), tmp_path, "net", hashed="00000000")
     with pytest.raises(ValueError, match=r'net-00000000.pth cannot be read: invalid hash value \(expected "00000000"'):
-        PartitionedTraining("blocks.1", front_checkpoint=address).attach(Net())
+        loaded(PartitionedTraining("blocks.1", front_checkpoint=address), Net())
     with pytest.raises(ValueError, match=r"gone.pth cannot be read: .*No such file"):
-        PartitionedTraining("blocks.1", front_checkpoint=(tmp_path / "gone.pth").as_uri()).attach(Net())
+        loaded(PartitionedTraining("blocks.1", front_checkpoint=(tmp_path / "gone.pth").as_uri()), Net())
     assert not list(hub.iterdir())
 
 
@@ -156,7 +161,7 @@ def test_downloads_that_are_not_what_their_name_says(hub, tmp_path):
 def test_names_may_stand_below_another_prefix(prefix, tmp_path):
     pretrained, model = Net(), Net()
     torch.save({f"{prefix}{name}": value for name, value in pretrained.state_dict().items()}, tmp_path / "front.pt")
-    PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / "front.pt")).attach(model)
+    loaded(PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / "front.pt")), model)
     assert torch.equal(model.blocks[0].weight, pretrained.blocks[0].weight)
 
 
@@ -165,4 +170,4 @@ def test_which_of_two_fronts_is_meant_is_asked(tmp_path):
     torch.save(both, tmp_path / "both.pt")
     message = r'has the front more than once \("student.blocks.0.weight" and "teacher.blocks.0.weight"\): save the one that is meant'
     with pytest.raises(ValueError, match=message):
-        PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / "both.pt")).attach(Net())
+        loaded(PartitionedTraining("blocks.1", front_checkpoint=str(tmp_path / "both.pt")), Net())
