@@ -23,6 +23,7 @@ from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.logging_ends import ended
+from featherlight.commands.slots import HELP, spelled_out
 from featherlight.commands.tables import metrics_line
 from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run, existing, read_newest
 from featherlight.fed_loop.checkpoint import set_aside
@@ -43,7 +44,11 @@ class CLI(LightningCLI):
     """Adds probes after training, a checkpoint at every epoch's end, and a CostMonitor where none is configured."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        if hasattr(self, "_subcommand_parsers"):
+            words = [args[0], *spelled_out(self._subcommand_parsers[args[0]], args[1:])]  # its own parser, as chosen by the first word
+        else:
+            words = spelled_out(parser, args)
+        super().parse_arguments(parser, words)
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
             check_readable(Path(path))
@@ -63,6 +68,7 @@ class CLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.description = f"{parser.description} {HELP.format(example='--trainer.callbacks.LayerFreezing.blocks_per_stage 2')}"
         parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged after training")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})

@@ -19,6 +19,7 @@ import featherlight.ssl_models.moco_v3
 import featherlight.ssl_models.simclr
 import featherlight.ssl_models.text  # noqa: F401  imported, so that configurations may name the classes without their modules
 from featherlight.commands.innermost import innermost
+from featherlight.commands.slots import HELP, spelled_out
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
 from featherlight.plugins.seeds import derive
@@ -29,7 +30,8 @@ def federated_parser() -> ArgumentParser:
     """The parser of a federated configuration."""
     parser = ArgumentParser(
         prog="featherlight federate",
-        description="Train a model over many clients. Everything below can stand in a YAML file and be overridden here.",
+        description="Train a model over many clients. Everything below can stand in a YAML file and be overridden here. "
+        + HELP.format(example="--plugins.LayerFreezing.blocks_per_stage 2 or --probes.KNN.k 5"),
         exit_on_error=False,
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file; several are merged, the last wins")
@@ -48,7 +50,7 @@ def federated_parser() -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse, with one line for what is wrong.
+    """Parse, named slots too, with one line for what is wrong.
 
     Raises:
         ValueError: unknown names, wrong types, missing values.
@@ -56,7 +58,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 
