@@ -19,6 +19,7 @@ import featherlight.ssl_models.moco_v3
 import featherlight.ssl_models.simclr
 import featherlight.ssl_models.text  # noqa: F401  imported, so that configurations may name the classes without their modules
 from featherlight.commands.innermost import innermost
+from featherlight.commands.logging_ends import check_installed
 from featherlight.commands.slots import HELP, spelled_out
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
@@ -119,6 +120,7 @@ class Parts:
         folder = self._config.federation.folder
         if self._config.loggers is None:
             return [TensorBoardLogger(folder, name="", version="tensorboard")] if folder is not None else []
+        check_installed(self._config.loggers)
         return self._build("loggers")
 
     def _build(self, name: str) -> Any:
