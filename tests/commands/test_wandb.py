@@ -220,10 +220,12 @@ def test_a_sweep_runs_as_its_agent_runs_it(
         assert told.config[name] == value  # as the sweep's page shows it
         if name != "config":
             assert configured(told.config, name) == value  # and as it was run
-    ran = yaml.safe_load(next(Path("runs").glob("*/config.yaml")).read_text())
+    (folder,) = Path("runs/sweep-s").iterdir()  # two agents side by side never want the same
+    assert folder.name.endswith("-r")
+    ran = yaml.safe_load((folder / "config.yaml").read_text())
     assert all(configured(ran, name) == value for name, value in chosen.items() if name != "config")
     if "config" in chosen:
-        assert Path("runs", Path(chosen["config"]).stem).is_dir()
+        assert folder.name == f"{Path(chosen['config']).stem}-r"
 
 
 def configured(config: Any, name: str) -> Any:
