@@ -28,6 +28,9 @@ start here:
   featherlight federate -c configs/quickstart/2_layerwise.yaml --federation.rounds 20
   featherlight fit -c configs/fit_layerwise.yaml
 
+any setting can be overridden behind its file; an item of a list by its class:
+  featherlight federate -c configs/quickstart/2_layerwise.yaml --plugins.LayerFreezing.blocks_per_stage 2 --probes.KNN.k 5
+
   featherlight COMMAND --help          all options of a command
   featherlight COMMAND -c FILE --print_config      the whole configuration, with every default
 """

@@ -128,10 +128,37 @@ def compare(files: list[Path], out: Path, resume: bool, console: Console, option
 
     if good := [run for run in runs if "failed" not in run]:
         draw(good, out / "comparison.png")
+        _log(good, out)
     console.print(comparison_table(runs))
     drawn = "comparison.png, " if good else ""
     console.print(f"written to {out}: {drawn}comparison.json, comparison.csv", highlight=False)
     return runs
+
+
+def _log(runs: Sequence[dict[str, Any]], out: Path) -> None:
+    """The comparison as a run of its own, of the project of the first run that logs to W&B, if any does."""
+    found = filter(None, (_wandb_of(out / run["name"] / "config.yaml") for run in runs))
+    if (arguments := next(found, None)) is None:
+        return
+    from lightning.pytorch.loggers import WandbLogger
+
+    from featherlight.commands.logging_ends import ended
+    from featherlight.commands.run_logs import log_pictures, log_table
+
+    shared = {name: arguments[name] for name in ("project", "save_dir", "offline", "entity", "group", "mode") if arguments.get(name)}
+    logger = WandbLogger(**shared, name=out.name, job_type="compare")
+    rows = _rows(runs)
+    with ended([logger]):
+        log_table(logger, "comparison_table", [*dict.fromkeys(name for row in rows for name in row)], rows, 0)
+        log_pictures(logger, [out / "comparison.png"], 0)
+
+
+def _wandb_of(path: Path) -> dict[str, Any] | None:
+    """Arguments of the ``WandbLogger`` of a run's configuration, if it has one."""
+    content = yaml.safe_load(path.read_text()) if path.exists() else {}
+    given = content.get("loggers") or (content.get("trainer") or {}).get("logger") or []
+    items = [item for item in (given if isinstance(given, list) else [given]) if isinstance(item, dict)]
+    return next((item.get("init_args") or {} for item in items if str(item.get("class_path")).endswith(".WandbLogger")), None)
 
 
 def _one(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any]:
@@ -232,10 +259,15 @@ def _digest(file: Path, options: Sequence[str]) -> str:
 
 
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
-    told = ("name", "config", "failed", "turns", "rejected")
-    rows = [{**{name: run[name] for name in told if name in run}, **run["cost"], **run["metrics"]} for run in runs]
+    rows = _rows(runs)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def _rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A flat row a run."""
+    told = ("name", "config", "failed", "turns", "rejected")
+    return [{**{name: run[name] for name in told if name in run}, **run["cost"], **run["metrics"]} for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from featherlight.commands.folders import folder_for
 from featherlight.commands.logging_ends import ended
 from featherlight.commands.parsing import Parts, federated_parser, parse
+from featherlight.commands.run_logs import draw_run, log_end
 from featherlight.commands.tables import cost_table, metrics_line, server_table
 from featherlight.fed_loop import Federation, Result
 from featherlight.fed_loop.whole_files import write_text
@@ -79,8 +81,12 @@ def federate(arguments: list[str], resume: bool = False, folder: Path | None = N
     text = parser.dump(config, skip_none=False, skip_check=True)
     with _told_before(federation, text, given), ended(loggers):
         result = federation.run(module, data, plugins, probes, loggers, resume=resume, configuration=yaml.safe_load(text))
-    if federation.folder is not None and federation.is_first:
-        write_text(federation.folder / "config.yaml", text)
+        if federation.folder is not None and federation.is_first:
+            write_text(federation.folder / "config.yaml", text)
+            pictures, untold = draw_run(parts, federation, data, result)
+            log_end(loggers, result.cost, pictures, result.rounds - 1)
+            for line in untold:
+                print(line, file=sys.stderr)
     return result, federation.folder, federation.is_first
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 RUNS = Path("runs")
 
 
 def folder_for(name: str, resume: bool, base: Path = RUNS) -> Path:
-    """``base/name``, ``base/name-2``, …: the first that does not exist, or, to resume, the last that does."""
+    """``base/name``, ``base/name-2``, …: the first that does not exist, or, to resume, the last that does.
+
+    A run that an agent of a W&B sweep has started goes to ``base/sweep-SWEEP/name-RUN``, whatever other agents start beside it.
+    """
+    sweep, run = (os.environ.get(f"WANDB_{name}_ID") for name in ("SWEEP", "RUN"))
+    if sweep and run:
+        base, name = base / f"sweep-{sweep}", f"{name}-{run}"
     number = 1
     while _numbered(base, name, number).exists():
         number += 1

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,7 +23,9 @@ from featherlight.callbacks import CostMonitor
 from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
-from featherlight.commands.logging_ends import ended
+from featherlight.commands.logging_ends import check_installed, ended, offline_without_key
+from featherlight.commands.run_logs import log_end, takers
+from featherlight.commands.slots import HELP, spelled_out
 from featherlight.commands.tables import metrics_line
 from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run, existing, read_newest
 from featherlight.fed_loop.checkpoint import set_aside
@@ -36,15 +39,24 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+            text = self.parser.dump(self.config, skip_none=False)
+            write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+            for logger in takers(trainer.loggers):
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 class CLI(LightningCLI):
     """Adds probes after training, a checkpoint at every epoch's end, and a CostMonitor where none is configured."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        if hasattr(self, "_subcommand_parsers"):
+            words = [args[0], *spelled_out(self._subcommand_parsers[args[0]], args[1:])]  # its own parser, as chosen by the first word
+        else:
+            words = spelled_out(parser, args)
+        super().parse_arguments(parser, words)
+        own = self.config.get(str(self.config.get("subcommand")), self.config)
+        check_installed(own.get("trainer.logger"))
+        path = own.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
             check_readable(Path(path))
 
@@ -59,10 +71,16 @@ class CLI(LightningCLI):
 
     after_test = after_validate
 
+    def before_validate(self) -> None:
+        offline_without_key(self.trainer.loggers)
+
+    before_test = before_validate
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.description = f"{parser.description} {HELP.format(example='--trainer.callbacks.LayerFreezing.blocks_per_stage 2')}"
         parser.add_argument("--probes", type=list[Probe], default=[], help="how the features are judged after training")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
@@ -115,11 +133,16 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
             probe.check(cli.datamodule)
     with ended(cli.trainer.loggers), _interrupts_told(cli.trainer, checkpoints):
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-    monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
-    metrics: dict[str, float] = {}
+        monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
+        metrics: dict[str, float] = {}
+        if cli.trainer.is_global_zero:
+            for probe in probes:
+                metrics |= probe(cli.model, cli.datamodule)
+            for logger in cli.trainer.loggers if metrics else []:
+                logger.log_metrics(metrics, step=cli.trainer.global_step)
+                logger.save()
+            log_end(cli.trainer.loggers, monitor.table, [], cli.trainer.global_step)
     if cli.trainer.is_global_zero:
-        for probe in probes:
-            metrics |= probe(cli.model, cli.datamodule)
         write_text(folder / "cost.json", json.dumps(monitor.table.to_json(), indent=2))
         write_text(folder / "result.json", json.dumps({"metrics": metrics}, indent=2))
     return monitor.table.total(), metrics

@@ -19,6 +19,8 @@ import featherlight.ssl_models.moco_v3
 import featherlight.ssl_models.simclr
 import featherlight.ssl_models.text  # noqa: F401  imported, so that configurations may name the classes without their modules
 from featherlight.commands.innermost import innermost
+from featherlight.commands.logging_ends import check_installed
+from featherlight.commands.slots import HELP, spelled_out
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
 from featherlight.plugins.seeds import derive
@@ -29,7 +31,8 @@ def federated_parser() -> ArgumentParser:
     """The parser of a federated configuration."""
     parser = ArgumentParser(
         prog="featherlight federate",
-        description="Train a model over many clients. Everything below can stand in a YAML file and be overridden here.",
+        description="Train a model over many clients. Everything below can stand in a YAML file and be overridden here. "
+        + HELP.format(example="--plugins.LayerFreezing.blocks_per_stage 2 or --probes.KNN.k 5"),
         exit_on_error=False,
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file; several are merged, the last wins")
@@ -48,7 +51,7 @@ def federated_parser() -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse, with one line for what is wrong.
+    """Parse, named slots too, with one line for what is wrong.
 
     Raises:
         ValueError: unknown names, wrong types, missing values.
@@ -56,7 +59,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 
@@ -117,6 +120,7 @@ class Parts:
         folder = self._config.federation.folder
         if self._config.loggers is None:
             return [TensorBoardLogger(folder, name="", version="tensorboard")] if folder is not None else []
+        check_installed(self._config.loggers)
         return self._build("loggers")
 
     def _build(self, name: str) -> Any:

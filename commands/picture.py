@@ -12,6 +12,9 @@ AXES = (
     ("sent and received over the run", "MiB", lambda cost: (cost["bytes_down"] + cost["bytes_up"]) / 2**20),
 )
 
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito's, told apart by all."""
+
 MARKERS = "os^DvPX*"
 """Shapes, so that runs at one point are both seen."""
 
@@ -32,12 +35,12 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(
         len(metrics), len(AXES), figsize=(4 * len(AXES), 3.4 * len(metrics) + 0.6), squeeze=False, sharey="row", layout="constrained"
     )
-    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for line, metric in zip(panels, metrics):
         for panel, (title, unit, figure_of) in zip(line, AXES):
             for number, run in enumerate(runs):
                 score = 100 * run["metrics"].get(metric, float("nan"))
-                style = {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)]}
+                again = number // len(COLOURS)  # from the ninth on, colours have other shapes
+                style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)]}
                 panel.scatter(figure_of(run["cost"]), score, s=90, alpha=0.8, label=run["name"].replace("_", " "), zorder=3, **style)
             panel.set_xlabel(f"{title} ({unit})")
             panel.set_xlim(left=0)

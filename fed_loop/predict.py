@@ -76,18 +76,18 @@ def predict(
     _ = data.num_clients, data.example_batch(2)  # whatever data read on first use, they read now and not as fakes
     try:
         with torch.device("meta"):  # some constructors read values of helper tensors, which fake tensors have not; meta parameters do
-            module = _precision(settings).convert_module(make_module())
+            module = precision_of(settings).convert_module(make_module())
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _predict(settings, _with_memory(module), data, plugins, progress, last_traffic, parts)
+            return _predict(settings, with_memory(module), data, plugins, progress, last_traffic, parts)
     except (DynamicOutputShapeException, DataDependentOutputException, NotImplementedError) as error:
         warnings.warn(
             f"something's shape depends on values ({error}), so real steps are metered, which takes time and memory", stacklevel=2
         )
-        module = _precision(settings).convert_module(make_module())
+        module = precision_of(settings).convert_module(make_module())
         return _predict(settings, module, data, plugins, progress, last_traffic, parts)
 
 
-def _with_memory(module: nn.Module) -> nn.Module:
+def with_memory(module: nn.Module) -> nn.Module:
     """``module`` off the meta device. What was one tensor under several names is so again: moving gives each name its own."""
     homes: dict[int, list[tuple[dict[str, Any], str]]] = {}
     kept: list[Any] = []  # alive, so that an id stands for one tensor
@@ -104,7 +104,7 @@ def _with_memory(module: nn.Module) -> nn.Module:
     return module
 
 
-def _precision(settings: Federation) -> Precision:
+def precision_of(settings: Federation) -> Precision:
     return Fabric(accelerator="cpu", devices=1, precision=settings.compute["precision"]).strategy.precision
 
 
@@ -139,7 +139,7 @@ def _as_it_is(module: nn.Module, optimizer: Optimizer) -> Optimizer:
 class _Prediction:
     def __init__(self, settings: Federation, module: nn.Module, data: Any, chain: Chain, blank: Chain, targets: dict[str, str]) -> None:
         self.settings, self.data, self.chain = settings, data, chain
-        step = partial(LocalStep, precision=_precision(settings), clip=settings.clip)
+        step = partial(LocalStep, precision=precision_of(settings), clip=settings.clip)
         self.own = Trainee(module, chain, targets, step, _as_it_is)
         self.trainees = Trainees(self.own, blank, step, _as_it_is)
         self.on_server = ServerTraining(self.own, step(Chain()), data, settings.seed)
@@ -147,7 +147,7 @@ class _Prediction:
         self.ledger = Ledger(settings.resend)
         self.meters = Meters()
         self.table = CostTable()
-        self.divided = DividedPrediction(settings, self.own, data, _precision(settings), self.ledger, self.table)
+        self.divided = DividedPrediction(settings, self.own, data, precision_of(settings), self.ledger, self.table)
         self.traffic = Traffic()
         self.parts: dict[str, tuple[float, float]] = {}
         self._lengths: dict[Any, _Length] = {}

@@ -218,7 +218,7 @@ def test_print_config_shows_every_default(config: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*REPOSITORY.glob("configs/*/*.yaml"), *REPOSITORY.glob("configs/*_resnet18.yaml"), *REPOSITORY.glob("configs/ecofed_*.yaml")]),
+    sorted(path for kind in ("papers/*", "quickstart/*", "*_resnet18", "ecofed_*") for path in REPOSITORY.glob(f"configs/{kind}.yaml")),
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_configuration_we_ship_is_understood(path: Path) -> None:
