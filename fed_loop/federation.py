@@ -53,8 +53,8 @@ class Federation:
         cohort: clients drawn for each round; all of them if left out.
         local_epochs: passes over its own data that a client makes in a round.
         dropout: share of each round's clients that drop out: they receive the model and take some of their steps, which count as their
-            cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. Who drops out,
-            and when, is drawn from the seed.
+            cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. How many drop out
+            (the share of the cohort, on average over rounds), who, and when, is drawn from the seed.
         server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
