@@ -1,6 +1,8 @@
 """Server-side calibration: what it trains, what then travels, what it costs, and beside whom it is refused."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -91,6 +93,21 @@ def test_what_trains_is_the_whole_model_of_the_stage(ssl, digits, federation):
     assert modes[1] == [False] * per_block + [True] * per_block + [False] * per_block  # closed again
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_block_that_the_user_froze(place, net, points, federation):
+    """Behind a stem that trains on the server, and that clients have frozen by then: it stays as it was, and what is around it trains."""
+    module, watch = net(), Watch()
+    module.blocks[place].requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    federation(3).run(module, WithServer(points([6, 10])), [LayerFreezing("blocks.*"), ServerCalibration(), watch])
+    parameters = dict(module.named_parameters())
+    own = {name for name in parameters if name.startswith(f"blocks.{place}.")}
+    first, last = watch._seen[0], watch._seen[-1]
+    assert all(torch.equal(last[name], before[name]) for name in own)
+    assert not torch.equal(first["stem.weight"], last["stem.weight"])
+    assert {parameters[name].requires_grad for name in own} == {False}
+
+
 def test_a_round_by_hand(net, points, federation):
     """FedAvg of one client, then plain steps of a fresh optimizer at the round's rate times the factor, on the server's points."""
 
@@ -146,7 +163,62 @@ def test_a_calibration_that_diverges_is_left_out(net, points, federation, same, 
     federation(2).run(plain, points([6, 10]))
     same(module.state_dict(), plain.state_dict())
     assert result.rejected == 0
+    assert [row["calibration_rejected"] for row in result.history] == [1, 1]
     assert "server's own training rejected" in capsys.readouterr().err
+
+
+def test_one_that_diverges_to_large_numbers_poisons_nothing(net, points, federation, same):
+    """Finite, but so large that clients could not send what they make of it: the mean stands, and the next round is as without."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, 0.1)
+
+    module, plain = net(sgd), net(sgd)
+    data = WithServer(points([6, 10]))
+    data.own = data.own[:1]
+    result = federation(2).run(module, data, [ServerCalibration(lr_factor=1e11)])
+    federation(2).run(plain, points([6, 10]))
+    same(module.state_dict(), plain.state_dict())
+    assert [(row["calibration_rejected"], row["rejected"]) for row in result.history] == [(1, 0), (1, 0)]
+    assert all(row["server_loss"] < 100 for row in result.history)
+
+
+def test_nothing_is_calibrated_where_nothing_arrived(net, points, federation, same):
+    class Spoilt(Plugin):
+        def extra_loss(self, model, batch):
+            return torch.tensor(float("nan"))
+
+    module = net()
+    data, before = WithServer(points([6, 10])), copy.deepcopy(module.state_dict())
+    result = federation(1).run(module, data, [Spoilt(), ServerCalibration()])
+    assert (result.rejected, data.asked) == (2, [])
+    same(module.state_dict(), before)
+    assert result.cost.server is None or result.cost.server.rows() == []
+
+
+def test_ctrl_c_stops_before_the_next_step(tmp_path, net, points, federation, capsys):
+    """The round whose calibration was cut off is not in the checkpoint, and is done again."""
+    interrupted, drawn = [], []
+
+    class Interrupted(WithServer):
+        def server_batches(self, visit, epochs):
+            for number, batch in enumerate(super().server_batches(visit, epochs)):
+                if visit.round == 1 and number == 1 and not interrupted:
+                    interrupted.append(True)
+                    os.kill(os.getpid(), signal.SIGINT)
+                drawn.append((visit.round, number))
+                yield batch
+
+    plugins = [ServerCalibration(epochs=50)]
+    with pytest.raises(KeyboardInterrupt):
+        federation(2, folder=tmp_path).run(net(), Interrupted(points([6, 10])), plugins)
+    assert drawn[-1] == (1, 1)
+    assert "interrupted at the end of round 1" in capsys.readouterr().err
+    module, whole = net(), net()
+    result = federation(2, folder=tmp_path).run(module, Interrupted(points([6, 10])), plugins, resume=True)
+    other = federation(2).run(whole, Interrupted(points([6, 10])), plugins)
+    assert [row["server_loss"] for row in result.history] == [row["server_loss"] for row in other.history]
+    assert all(torch.equal(one, two) for one, two in zip(module.state_dict().values(), whole.state_dict().values()))
 
 
 @pytest.mark.parametrize("plugins", [[PrismSampling({0.5: 1.0}, layers="blocks.*")], [TopK(20)]], ids=["prism", "top-k"])
