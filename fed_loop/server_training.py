@@ -41,7 +41,8 @@ class ServerTraining:
         """What would fail behind the first round's mean is better found now.
 
         Raises:
-            ValueError: a method trains on the server, and the server has no data, or not enough.
+            ValueError: a method trains on the server, and the server has no data, not enough, or none with labels for a model
+                that learns from them (which says so: ``learns_from_labels``).
         """
         calibration = self._own.chain.calibration(Clock(0, 0))
         if calibration is None:
@@ -52,10 +53,14 @@ class ServerTraining:
                 "give it server_batches(visit, epochs) and server_batch_sizes(epochs)"
             )
         if not self._data.server_batch_sizes(calibration.epochs):
+            hint = "it sets none aside; choose data that do, or leave the plugin out"
+            if hasattr(self._data, "server_fraction"):
+                hint = "set server_fraction (a part of the training images that no client gets) or server_root (a folder of images)"
             raise ValueError(
-                f"a plugin trains the model on the server's own data, of which {type(self._data).__name__} has not one batch: "
-                "set server_fraction (a part of the training images that no client gets) or server_root (a folder of images)"
+                f"a plugin trains the model on the server's own data, of which {type(self._data).__name__} has not one batch: {hint}"
             )
+        if getattr(self._own.module, "learns_from_labels", False) and hasattr(self._data, "check_server_labels"):
+            self._data.check_server_labels()
 
     def begin(self, clock: Clock) -> None:
         """Behind a round's ``advance``, when nothing is left out for one client: :attr:`plan` is what the server will train, or None."""

@@ -38,6 +38,14 @@ def test_calibrated_traffic_of_the_encoder(way: str, blocks: float) -> None:
     assert whole / traffic == pytest.approx(24 / blocks, rel=0.01)
 
 
+@pytest.mark.parametrize(("way", "blocks"), [("layerwise_calibrated", 10.94), ("progressive_calibrated", 16.49)])
+def test_calibrated_traffic_of_the_whole_model(way: str, blocks: float) -> None:
+    """In blocks of 444,864 parameters: the heads' weights, 753,664, go down and up in every round, and make the ratios smaller."""
+    _, whole = Rule(path_of("end_to_end")).totals()
+    _, traffic = Rule(path_of(way)).totals()
+    assert whole / traffic == pytest.approx(27.49 / blocks, rel=0.01)
+
+
 def test_cost_tells_what_travels_of_each_part() -> None:
     """Two rounds of the first stage: all of the encoder down and up in each."""
     told: list[Parts] = []

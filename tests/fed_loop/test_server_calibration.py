@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from featherlight.fed_loop import Momentum
 from featherlight.fed_loop.predict import predict
@@ -22,6 +23,7 @@ from featherlight.plugins import (
     TopK,
     Visit,
 )
+from featherlight.ssl_models import Classifier, ImageData, TextData
 
 BLOCKS = "backbone.blocks.*"
 METHODS = {
@@ -49,7 +51,7 @@ def test_predicted_is_measured(model, ssl, digits, federation, cost_of):
     """End to end, with a frozen prefix, and with a growing model; blocks are left out of clients' turns, but not of the server's."""
 
     def data():
-        return digits(num_clients=2, limit_train=40, server_fraction=0.02)
+        return digits(num_clients=2, limit_train=70, server_fraction=0.4)
 
     settings = federation(2, seed=1)
     predicted = cost_of(predict(settings, lambda: ssl(model), data(), [ServerCalibration(epochs=2), *METHODS[model]()]))
@@ -81,7 +83,7 @@ def test_what_trains_is_the_whole_model_of_the_stage(ssl, digits, federation):
         def settle(self, server, clock):
             modes.append([parameter.requires_grad for parameter in server.backbone.blocks.parameters()])
 
-    data = digits(num_clients=1, server_fraction=0.05)
+    data = digits(num_clients=1, server_fraction=0.3)
     federation(2, resend=True).run(module, data, [LayerFreezing(BLOCKS), ServerCalibration(), watch, Mode()])
     first, second = watch._seen
     changed = {name for name in first if not torch.equal(first[name], second[name])}
@@ -260,9 +262,20 @@ def test_refused(plugins, data, message, net, points, federation):
             go()
 
 
-def test_images_without_a_part_for_the_server(ssl, digits, federation):
+def test_data_without_a_part_for_the_server(ssl, net, digits, federation):
     with pytest.raises(ValueError, match=r"set server_fraction .* or server_root"):
         federation(1).run(ssl("simclr"), digits(), [ServerCalibration()])
+    with pytest.raises(ValueError, match=r"TextData has not one batch: it sets none aside; choose data that do, or leave the plugin out"):
+        federation(1).run(net(), TextData(limit_train=40), [ServerCalibration()])
+
+
+def test_a_model_that_learns_from_labels_needs_the_servers(tmp_path, federation):
+    for number in range(4):
+        Image.new("L", (8, 8), 9 * number).save(tmp_path / f"{number}.png")
+    model = Classifier("vit", image_size=8, in_channels=1, backbone_options={"depth": 1, "width": 16, "heads": 2, "patch_size": 4})
+    data = ImageData(views=1, batch_size=4, limit_train=8, server_root=str(tmp_path))
+    with pytest.raises(ValueError, match="4 of the server's 4 images have no label that clients know"):
+        federation(1).run(model, data, [ServerCalibration()])
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"lr_factor": 0.0}])
@@ -277,7 +290,7 @@ def test_resumed_is_uninterrupted(tmp_path, ssl, digits, federation, same, figur
 
     def run(rounds, folder, resume=False):
         module = ssl("mocov3")
-        data = digits(server_fraction=0.03, limit_train=60)
+        data = digits(server_fraction=0.3, limit_train=60)
         result = federation(rounds, cohort=2, folder=folder).run(module, data, copy.deepcopy(plugins), resume=resume)
         return module.state_dict(), figures(result)
 
