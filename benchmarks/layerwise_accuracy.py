@@ -131,7 +131,8 @@ def run(arguments: argparse.Namespace, partition: str, way: str, seed: int) -> d
     model = MoCoV3(momentum=0.99, **options) if arguments.method == "moco_v3" else SimCLR(**options)
     folder = fewer(arguments.data, arguments.test, arguments.out.parent)
     pictures = sum(1 for _ in Path(arguments.data, "train").glob("*/*"))
-    if arguments.images + arguments.server > pictures:
+    both = arguments.images + arguments.server
+    if both > pictures:
         raise ValueError(
             f"--images {arguments.images} and --server {arguments.server}, but there are {pictures} training images: ask for fewer"
         )
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace, partition: str, way: str, seed: int) -> d
         "folder", root=str(folder), image_size=arguments.size, batch_size=arguments.batch,
         num_clients=arguments.many if partition == "many" else arguments.clients,
         partition=Dirichlet(arguments.alpha) if partition == "dirichlet" else IID(),
-        limit_train=arguments.images, server_fraction=arguments.server / pictures, seed=seed,
+        limit_train=both, server_fraction=arguments.server / both, seed=seed,
     )  # fmt: skip
     data.setup("fit")
     if way == "untrained":

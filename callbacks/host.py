@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +23,6 @@ from featherlight.plugins.base import overrides
 from featherlight.plugins.present import count, held
 
 _IN_TRAINING = ("advance", "before_forward", "extra_loss", "after_backward", "after_update", "after_step")
-_FAR = 2**31  # a period that no run reaches: its stage is the last
 
 
 class PluginCallback(pl.Callback):
@@ -233,15 +231,14 @@ def common_seed(trainer: pl.Trainer) -> int:
 
 def _warn_of_untrained(chain: Chain, pl_module: pl.LightningModule, reached: int) -> None:
     """Say so where a later stage would have brought what training did not reach: the module is about to have it all the same."""
-    now, last = chain.stage(reached), chain.stage(_FAR)
+    now, (last, begins) = chain.stage(reached), chain.last_stage()
     if now == last:
         return
     chain.advance(Clock(reached, 1))
     trained = held(pl_module).keys()
-    chain.advance(Clock(_FAR, 1))
+    chain.advance(Clock(begins, 1))
     untrained = count({name: value for name, value in held(pl_module).items() if name not in trained})
     if untrained:
-        begins = bisect_left(range(_FAR), last, key=chain.stage)
         rank_zero_warn(
             f"training ended in stage {now + 1} of {last + 1}, so that {untrained} parameters were never trained, and the module has "
             f"them from now on: set max_epochs above {begins}, where the last stage begins, or evaluate a checkpoint of this run at "

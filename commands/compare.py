@@ -22,7 +22,7 @@ from rich.markup import escape
 from featherlight.cli import expected, one_line
 from featherlight.commands.folders import folder_for
 from featherlight.commands.parsing import is_federated, parse
-from featherlight.commands.tables import comparison_table
+from featherlight.commands.tables import SERVER_ROWS, comparison_table
 from featherlight.fed_loop.whole_files import write_text
 
 
@@ -173,6 +173,7 @@ def _one(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict
         result, _, _ = federate(["-c", str(file), *options, f"--federation.folder={folder}"], resume=resume)
         check_learned(result.turns, result.rejected)
         told = {"cost": result.cost.total(), "metrics": result.metrics, "turns": result.turns, "rejected": result.rejected}
+        told |= {} if result.cost.server is None else {"server": result.cost.server.total()}
     else:
         from featherlight.commands.lightning_run import fit
 
@@ -191,10 +192,14 @@ def _identity(file: Path, options: Sequence[str]) -> dict[str, Any]:
 def _failed(file: Path, folder: Path, error: Exception, options: Sequence[str]) -> dict[str, Any]:
     """The entry of a run that failed: what it had measured by then, and why. It is not kept as finished."""
     entry = {**_identity(file, options), "cost": {}, "metrics": {}, "failed": one_line(error)}
-    for name, take in (("cost.json", lambda told: {"cost": told["total"]}), ("result.json", _counts)):
+    for name, take in (("cost.json", _costs), ("result.json", _counts)):
         with suppress(OSError, ValueError, KeyError):
             entry |= take(json.loads((folder / name).read_text()))
     return entry
+
+
+def _costs(told: dict[str, Any]) -> dict[str, Any]:
+    return {"cost": told["total"], **({"server": told["server"]["total"]} if "server" in told else {})}
 
 
 def _counts(told: dict[str, Any]) -> dict[str, Any]:
@@ -226,10 +231,10 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool, options: Se
         check_learned(**_counts(json.loads((folder / "result.json").read_text())))
     if done.returncode:
         raise ValueError(f"the run of {file} ended with exit code {done.returncode}, see above")
-    cost = json.loads((folder / "cost.json").read_text())["total"]
+    costs = _costs(json.loads((folder / "cost.json").read_text()))
     result = json.loads((folder / "result.json").read_text())
     metrics = {name: math.nan if value is None else value for name, value in result["metrics"].items()}
-    return {"cost": cost, "metrics": metrics, **_counts(result)}
+    return {**costs, "metrics": metrics, **_counts(result)}
 
 
 def _finished(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any] | None:
@@ -258,6 +263,10 @@ def _digest(file: Path, options: Sequence[str]) -> str:
     return hashlib.blake2b(file.read_bytes() + "\n".join(options).encode(), digest_size=8).hexdigest()
 
 
+def _server(run: dict[str, Any]) -> dict[str, Any]:
+    return {f"server_{name}": run["server"][name] for name in SERVER_ROWS if "server" in run}
+
+
 def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
     rows = _rows(runs)
     text = io.StringIO(newline="")
@@ -270,4 +279,4 @@ def _write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
 def _rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A flat row a run."""
     told = ("name", "config", "failed", "turns", "rejected")
-    return [{**{name: run[name] for name in told if name in run}, **run["cost"], **run["metrics"]} for run in runs]
+    return [{**{name: run[name] for name in told if name in run}, **run["cost"], **_server(run), **run["metrics"]} for run in runs]

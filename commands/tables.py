@@ -10,6 +10,9 @@ from rich.table import Table
 
 from featherlight.plugins.cost_table import HEADINGS, CostTable, readable, text_rows
 
+SERVER_ROWS = ("flops_forward", "flops_backward", "seconds")
+"""What a comparison tells of the server's work, in the place of that client or on data of its own."""
+
 
 def cost_table(cost: CostTable, title: str, names: Iterable[str] = HEADINGS) -> Table:
     """Rows by stage, and the total."""
@@ -51,7 +54,7 @@ def parts_line(parts: Mapping[str, tuple[int, int]]) -> str:
 
 
 def comparison_table(runs: list[dict[str, Any]]) -> Table:
-    """One column a run: what a client held, computed and sent, and how good the features are."""
+    """One column a run: what a client held, computed and sent, what the server computed where it did, and how good the features are."""
     metrics = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
     table = _table("a client that takes part in every round: most held, trained, saved for backward and peak; sums of the rest")
     table.add_column("")
@@ -59,6 +62,8 @@ def comparison_table(runs: list[dict[str, Any]]) -> Table:
         table.add_column(run["name"].replace("_", " "), justify="right")
     for name in [name for name in HEADINGS if name not in ("stage", "rounds")]:
         table.add_row(HEADINGS[name], *(readable(name, run["cost"][name]) if name in run["cost"] else "" for run in runs))
+    for name in SERVER_ROWS if any("server" in run for run in runs) else ():
+        table.add_row(f"server {HEADINGS[name]}", *(readable(name, run["server"][name]) if "server" in run else "" for run in runs))
     if any(run.get("rejected") for run in runs):
         table.add_row("rejected", *(f"{run['rejected']} of {run['turns']}" if "turns" in run else "" for run in runs), style="yellow")
     table.add_section()

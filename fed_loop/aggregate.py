@@ -98,14 +98,20 @@ class Mean:
                 own = entry[1]
                 if own.shape != value.shape or not bool((own >= 0).all()):  # false for NaN too
                     raise ValueError(f'entry "{name}" needs a weight of 0 or more for each element of shape {tuple(value.shape)}')
-                self._check_magnitude(f'the weight of entry "{name}"', own)
-                self._check_magnitude(f'entry "{name}" times its weight', value.double() * own)
-            self._check_magnitude(f'entry "{name}"', value)
+                check_magnitude(f'the weight of entry "{name}"', own)
+                check_magnitude(f'entry "{name}" times its weight', value.double() * own)
+            check_magnitude(f'entry "{name}"', value)
 
-    def _check_magnitude(self, what: str, value: Tensor) -> None:
-        largest = value.double().abs().max() if value.numel() else torch.zeros(())
-        if not bool(largest < BOUND):  # false for NaN too
-            raise ValueError(f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
+
+def check_magnitude(what: str, value: Tensor) -> None:
+    """Refuse what cannot be added up.
+
+    Raises:
+        ValueError: some of ``value`` is not finite, or of magnitude :data:`BOUND` or more.
+    """
+    largest = value.detach().double().abs().max() if value.numel() else torch.zeros(())
+    if not bool(largest < BOUND):  # false for NaN too
+        raise ValueError(f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
 
 
 def _slices(sizes: list[int]) -> list[slice]:

@@ -23,15 +23,17 @@ def sample(num_clients: int, size: int | None, seed: int, round: int) -> list[in
 
 def dropouts(cohort: Sequence[int], share: float, seed: int, round: int) -> dict[int, float]:
     """The clients of a round's ``cohort`` that drop out, and how far in its turn, from 0 to 1, each of them gets:
-    ``round(share · clients)`` of them (halves round up), but never all.
+    ``share · clients`` of them, rounded up or down by seed and round so that over many rounds it is as many, but never all.
 
     Example:
-        >>> len(dropouts(range(10), 0.25, seed=0, round=0)), len(dropouts([4], 0.9, seed=0, round=0))
-        (3, 0)
+        >>> [len(dropouts([3, 8], 0.2, seed=0, round=round)) for round in range(10)], len(dropouts([4], 0.9, seed=0, round=0))
+        ([0, 0, 0, 0, 1, 0, 1, 0, 0, 1], 0)
     """
     if not share:
         return {}
-    count = min(int(share * len(cohort) + 0.5), len(cohort) - 1)
+    whole, part = divmod(share * len(cohort), 1)
+    more = Random(derive(seed, round, "dropouts")).random() < part
+    count = min(int(whole) + more, len(cohort) - 1)
     random = Random(derive(seed, round, "dropout"))
     return {client: random.random() for client in sorted(random.sample(list(cohort), count))}
 

@@ -42,7 +42,10 @@ class ServerData(FederatedData, Protocol):
         """Samples of each batch; none where the server has no data."""
 
     def server_batches(self, visit: Visit, epochs: int) -> Any:
-        """The batches of a round's visit, whose client is :data:`featherlight.plugins.SERVER`."""
+        """The batches of a round's visit, whose client is :data:`featherlight.plugins.SERVER`.
+
+        Data may have ``check_server_labels()``, too, which raises where samples have none that a model could learn from.
+        """
 
 
 class Federation:
@@ -53,12 +56,12 @@ class Federation:
         cohort: clients drawn for each round; all of them if left out.
         local_epochs: passes over its own data that a client makes in a round.
         dropout: share of each round's clients that drop out: they receive the model and take some of their steps, which count as their
-            cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. Who drops out,
-            and when, is drawn from the seed.
+            cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. How many drop out
+            (the share of the cohort, on average over rounds), who, and when, is drawn from the seed.
         server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
-        clip: largest gradient norm of a client's step.
+        clip: largest gradient norm of a step, a client's or one of the server's own training.
         evaluate_every: evaluate the server's model every so many rounds; 0 for the end only.
         evaluate_clients: evaluate the global model on every client's own held-out part, too.
         folder: where metrics, costs and checkpoints go; nothing is written if left out.

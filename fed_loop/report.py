@@ -103,6 +103,11 @@ class Report:
         if interrupted:
             self.say(f"[yellow]interrupted; saved {path}. Start again with --resume to go on.")
 
+    def lost(self, round: int) -> None:
+        """The run was stopped where the server's state is half old and half new, of which there is no checkpoint."""
+        if self._settings.folder is not None and self._first:
+            self.say(f"[yellow]interrupted at the end of round {round}: start again with --resume to go on from the last checkpoint.")
+
     @property
     def _folder(self) -> Path | None:
         folder = self._settings.folder

@@ -109,6 +109,7 @@ class Run:
             self.processes.from_first(self.server.values())
             done = 0
         self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
+        self._tell_of_stages()
         with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
             for round in range(done, self.settings.rounds):
                 self._whole = True
@@ -117,6 +118,8 @@ class Run:
                 except BaseException:
                     if self._interrupts.asked and self._whole:
                         saved.write(round, interrupted=True)
+                    elif self._interrupts.asked:
+                        self.report.lost(round)
                     raise
                 saved.write(round + 1)
         self._load_server()
@@ -162,7 +165,7 @@ class Run:
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round, everybody)
         self._remember(kept)
-        own_turn = self._update(mean, clock)
+        own_turn = self._update(mean, clock, any(not (turn.rejected or turn.dropped_out) for turn in everybody))
         self._record(round, everybody, own_turn, time.perf_counter() - started)
 
     def _advance(self, clock: Clock) -> None:
@@ -198,8 +201,9 @@ class Run:
             new.setdefault(int(client), {})[own] = value
         self.memories |= new
 
-    def _update(self, mean: Mean, clock: Clock) -> Turn | None:
-        """The server's step: mean → lift → server optimizer → its own training → settle; returns what is told of its own training."""
+    def _update(self, mean: Mean, clock: Clock, arrived: bool) -> Turn | None:
+        """The server's step: mean → lift → server optimizer → its own training → settle; returns what is told of its own training, which
+        is left out where no client's update ``arrived``."""
         result: Mapping[str, Any] = mean.result()
         if self.chain.by_differences:
             self._load_server()  # the model holds the last client's weights
@@ -218,7 +222,7 @@ class Run:
             old.copy_(new if old.is_floating_point() else new.round())
         self.ledger.changed(total, clock.period)
         self._load_server()
-        own_turn = self._train_on_server(clock)
+        own_turn = self._train_on_server(clock) if arrived else None
         self.chain.settle(self.module, clock)
         self._adopt(clock.period)
         return own_turn
@@ -231,7 +235,9 @@ class Run:
         self.report.doing("training on the server")
         with self.processes.together():
             if self.processes.rank == 0:
-                done = self.on_server.train(clock.period, LocalTraining(self.processes.fabric, self.data)).to_json()
+                # other processes wait for this one, and could not be told that it has stopped
+                check = self._interrupts.check if self.processes.size == 1 else lambda: None
+                done = self.on_server.train(clock.period, LocalTraining(self.processes.fabric, self.data), check).to_json()
         turn = Turn.from_json(self.processes.gather(done)[0])
         if turn.rejected:
             self._load_server()
@@ -247,6 +253,14 @@ class Run:
         follow(self.module, self.targets)
 
     # -- what is told -----------------------------------------------------------------------------------------------
+    def _tell_of_stages(self) -> None:
+        reached, (last, begins) = self.chain.stage(self.settings.rounds - 1), self.chain.last_stage()
+        if reached < last and self.processes.rank == 0:
+            self.report.say(
+                f"[yellow]rounds={self.settings.rounds} ends in stage {reached + 1} of {last + 1}: what only later stages train is never "
+                f"trained, and will be in the model; give rounds above {begins}, or stages fewer rounds"
+            )
+
     def _record(self, round: int, turns: list[Turn], own_turn: Turn | None, seconds: float) -> None:
         stage = self.chain.stage(round)
         for turn in turns:
@@ -339,7 +353,7 @@ def _of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]
     costs = [turn.server for turn in turns if turn.server is not None] + ([] if own_turn is None else [own_turn.cost])
     flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
     told = {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
-    return told if own_turn is None else {**told, "server_loss": own_turn.loss}
+    return told if own_turn is None else {**told, "server_loss": own_turn.loss, "calibration_rejected": int(bool(own_turn.rejected))}
 
 
 def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:

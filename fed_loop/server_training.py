@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from featherlight.fed_loop.aggregate import check_magnitude
 from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan, make_plan
@@ -42,7 +41,8 @@ class ServerTraining:
         """What would fail behind the first round's mean is better found now.
 
         Raises:
-            ValueError: a method trains on the server, and the server has no data, or not enough.
+            ValueError: a method trains on the server, and the server has no data, not enough, or none with labels for a model
+                that learns from them (which says so: ``learns_from_labels``).
         """
         calibration = self._own.chain.calibration(Clock(0, 0))
         if calibration is None:
@@ -53,10 +53,14 @@ class ServerTraining:
                 "give it server_batches(visit, epochs) and server_batch_sizes(epochs)"
             )
         if not self._data.server_batch_sizes(calibration.epochs):
+            hint = "it sets none aside; choose data that do, or leave the plugin out"
+            if hasattr(self._data, "server_fraction"):
+                hint = "set server_fraction (a part of the training images that no client gets) or server_root (a folder of images)"
             raise ValueError(
-                f"a plugin trains the model on the server's own data, of which {type(self._data).__name__} has not one batch: "
-                "set server_fraction (a part of the training images that no client gets) or server_root (a folder of images)"
+                f"a plugin trains the model on the server's own data, of which {type(self._data).__name__} has not one batch: {hint}"
             )
+        if getattr(self._own.module, "learns_from_labels", False) and hasattr(self._data, "check_server_labels"):
+            self._data.check_server_labels()
 
     def begin(self, clock: Clock) -> None:
         """Behind a round's ``advance``, when nothing is left out for one client: :attr:`plan` is what the server will train, or None."""
@@ -68,15 +72,22 @@ class ServerTraining:
             self.plan = make_plan(own.module, Chain(), own.targets, Visit(clock.period, SERVER, self._seed))
             check_covered(own.module, [own.raw_optimizer])
 
-    def train(self, round: int, training: LocalTraining) -> Turn:
-        """Train what the module holds, the server's weights of ``round``; they end as the new ones, unless the turn is rejected."""
+    def train(self, round: int, training: LocalTraining, check: Callable[[], None]) -> Turn:
+        """Train what the module holds, the server's weights of ``round``; they end as the new ones, unless the turn is rejected.
+
+        Args:
+            check: called before each step; may raise to stop there.
+        """
         assert self.plan is not None
         visit, turn, started = Visit(round, SERVER, self._seed), Turn(SERVER), time.perf_counter()
         with self._begun() as calibration:
             batches = self._data.server_batches(visit, calibration.epochs)
-            samples = training.steps(self._own, self._step, self._meters, visit, batches, self.plan, turn)
-        if not turn.rejected and not all(map(_finite, self.plan.sent.values())):
-            turn.rejected = "weights are not finite"
+            samples = training.steps(self._own, self._step, self._meters, visit, _checked(batches, check), self.plan, turn)
+        try:
+            for name, value in self.plan.sent.items():
+                check_magnitude(f'entry "{name}"', value)
+        except ValueError as error:  # clients would train from it, and could not send what comes of it
+            turn.rejected = turn.rejected or str(error)
         turn.cost = self._meters.turn_cost(self.plan, samples, 0, 0, time.perf_counter() - started)
         return turn
 
@@ -119,5 +130,7 @@ def _slowed(optimizer: Optimizer, factor: float) -> Iterator[None]:
             group["lr"] = lr
 
 
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+def _checked(batches: Iterable[Any], check: Callable[[], None]) -> Iterator[Any]:
+    for batch in batches:
+        check()
+        yield batch

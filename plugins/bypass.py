@@ -7,6 +7,8 @@ block say everything that hosts and methods need to know of it; each holds the n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,19 @@ def restore(block: nn.Module) -> None:
         block.__class__ = type(block).__mro__[2]  # [Bypassable…, Bypass, own]
     for mark in ("_bypassed_by", "_absent_for", "_active", "_staged", "_frozen", "_skippable", "_residual_scale", "_instead", "_shared"):
         block.__dict__.pop(mark, None)
+
+
+@contextmanager
+def none_frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no block of ``model`` counts as frozen, whatever of it trains."""
+    blocks = [module for module in model.modules() if isinstance(module, Bypass) and module._frozen]
+    for block in blocks:
+        block._frozen = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._frozen = True
 
 
 def _mark(module: nn.Module, mark: str, owner: str, on: bool) -> None:

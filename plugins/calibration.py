@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from featherlight.plugins.bypass import none_frozen
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -32,7 +34,8 @@ class Calibration:
         try:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
-            yield
+            with none_frozen(model):
+                yield
         finally:
             for parameter, trained in zip(self.parameters, before):
                 parameter.requires_grad_(trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, overrides
 from featherlight.plugins.calibration import Calibration
 from featherlight.plugins.partition import Partition
+
+_FAR = 2**31  # a period that no run reaches: its stage is the last
 
 
 class Chain(Plugin):
@@ -76,6 +79,11 @@ class Chain(Plugin):
 
     def stage(self, period: int) -> int:
         return sum(plugin.stage(period) for plugin in self.plugins)
+
+    def last_stage(self) -> tuple[int, int]:
+        """The stage that training ends in where it goes on for long enough, and the period with which it begins."""
+        last = self.stage(_FAR)
+        return last, bisect_left(range(_FAR), last, key=self.stage)
 
     def visit(self, visit: Visit) -> None:
         for plugin in self.plugins:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from featherlight.plugins.base import Message, Plugin, Visit
 from featherlight.plugins.present import trained
 from featherlight.plugins.received import check_strength
+from featherlight.plugins.seeds import derive
 from featherlight.plugins.targets import find_targets, follow
 
-SCALE, ROUND, LOCAL, TARGET = "scale", "round", "local.", "target."
+SCALE, MEASURED, ROUND, LOCAL, TARGET = "scale", "measured", "round", "local.", "target."
 
 
 class FedEMA(Plugin):
@@ -21,7 +22,9 @@ class FedEMA(Plugin):
         w ← μ · w_local + (1 − μ) · w_received,    μ = min(λ · ‖w_received − w_local‖, 1),
 
     w_local as the client's last turn left it (FedEMA, arXiv 2204.04385; made for BYOL, here for any model). In its first turn a client
-    starts from what it received; as its second begins, λ = τ / ‖w_received − w_local‖ is set for good, so that μ is then τ.
+    starts from what it received; as its second begins, λ = τ / ‖w_received − w_local‖ is set, so that μ is then τ. λ holds as long as
+    the norm is of the same parameters, and is set anew where it is of others: a stage has begun, or what is new in it has been trained
+    once (ours: the paper, which trains the same in all rounds, sets λ once).
 
     A client remembers, between its turns, the parameters that it trained; they never travel. What it did not have in its last turn, or does
     not train any more, is as received. Momentum copies are made from the mixed model (ours: as all turns begin here), or go on as the
@@ -73,6 +76,7 @@ class FedEMA(Plugin):
                 raise ValueError(f'of="{path}" has no parameters; this {type(model).__name__} has {names}')
         self._memory: Message = {}
         self._scale: Tensor | None = None
+        self._of: Tensor | None = None
 
     def recall(self, memory: Message, visit: Visit) -> None:
         self._memory = memory
@@ -80,7 +84,7 @@ class FedEMA(Plugin):
     def receive(self, visit: Visit) -> None:
         memory, self._memory = self._memory, {}
         own = {name: value for name, value in self._own().items() if LOCAL + name in memory}
-        self._scale = memory.get(SCALE)
+        self._scale, self._of = memory.get(SCALE), memory.get(MEASURED)
         if not own:
             return
         with torch.no_grad():
@@ -105,6 +109,8 @@ class FedEMA(Plugin):
             kept |= {TARGET + name: value.detach() for name, value in self._copies(own).items()}
         if self._scale is not None:
             kept[SCALE] = self._scale
+        if self._of is not None:
+            kept[MEASURED] = self._of
         return {**kept, ROUND: torch.tensor(visit.round)}
 
     # -- helpers --------------------------------------------------------------------------------------------------
@@ -124,7 +130,10 @@ class FedEMA(Plugin):
         if self.scale is not None:
             return (self.scale * apart).clamp(max=1.0)
         first = torch.where(apart > 0, self.tau / apart, 0.0)  # 0 where nothing is apart: it is set in a later turn
-        self._scale = first if self._scale is None else torch.where(self._scale > 0, self._scale, first)
+        of = derive(*counted)
+        if self._scale is not None and self._of is not None:
+            first = torch.where((self._scale > 0) & (self._of == of), self._scale, first)
+        self._scale, self._of = first, torch.tensor(of)
         return (self._scale * apart).clamp(max=1.0)
 
     def _copies(self, own: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -62,8 +62,8 @@ class RepresentationAlignment(Received):
         super().attach(model)
         self._seen = Representations(model, self.through)
         own = getattr(model, "temperature", None)
-        given = self.temperature if self.temperature is not None else own if isinstance(own, float) and own > 0 else TEMPERATURE
-        self._temperature = given
+        usable = isinstance(own, float | int) and not isinstance(own, bool) and own > 0
+        self._temperature = self.temperature if self.temperature is not None else own if usable else TEMPERATURE
 
     def advance(self, clock: Clock) -> Change:
         if self.compares():

@@ -198,6 +198,8 @@ class Representations:
             self._open.behind_frozen = out
         return None
 
+    _block_done.content_with_forms = True  # type: ignore[attr-defined]  # a shared prefix need not run for it
+
     def _check_follows(self, place: int, args: tuple[Any, ...]) -> None:
         """What a submodule takes is what the one before it put out, as it is or in another shape.
 

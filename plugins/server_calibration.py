@@ -18,7 +18,8 @@ class ServerCalibration(Plugin):
     changed, clients are sent the whole sub-model in the next round; what they send is what they train.
 
     Data with ``server_batches`` are needed (:class:`featherlight.ssl_models.ImageData` has ``server_fraction`` and ``server_root``). A
-    calibration that ends in numbers that are not finite is left out. For federations only.
+    calibration that ends in numbers that would be refused of a client (not finite, or too large to add) is left out, as is one behind a
+    round of which no client's update could be used. For federations only.
 
     Args:
         epochs: passes over the server's data after each round.

@@ -34,7 +34,7 @@ class Staged(Plugin):
         targets: momentum copies that follow the online branch: ``"auto"``, or ``{target path: online path}``.
         share_prefix: run the frozen prefix that online branch and momentum copies have alike once a view, for all of them. It is done where
             the copies' blocks hold the same weights and are given the same values, and gives the same gradients. Switch it off where
-            frozen blocks in eval mode draw random numbers, or what follows the blocks looks at several of them.
+            frozen blocks in eval mode draw random numbers.
 
     Raises:
         ValueError: on attach, when blocks are not found, stages and blocks do not add up, or another plugin stages these blocks.

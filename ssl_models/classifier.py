@@ -27,6 +27,9 @@ class Classifier(Learner):
         torch.Size([4, 10])
     """
 
+    learns_from_labels = True
+    """Data whose images have none are refused before training begins."""
+
     def __init__(self, backbone: str, num_classes: int = 10, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(backbone, **options)
         self.num_classes = num_classes

@@ -21,8 +21,8 @@ from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.client_streams import ClientStreams
 from featherlight.ssl_models.partitions import IID, Natural, Partition
-from featherlight.ssl_models.pictures import Files, first_size, moments
-from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, read
+from featherlight.ssl_models.pictures import Files, first_size, grey, moments
+from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, folder, read
 from featherlight.ssl_models.views import Views
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,12 @@ class ImageData(ClientStreams, LightningDataModule):
         partition: how training images are divided over clients: IID, Dirichlet, Shards or Natural; None: IID.
         client_val_fraction: part of each client's images that is kept from training, for evaluation at the client.
         val_fraction: part of the training images that is kept from training, for validation.
-        server_fraction: part of the training images that is set aside for the server's own training (calibration); no client has them.
-        server_root: in its place, a folder of images for the server, labelled or not.
+        server_fraction: part of the training images (of those within limit_train) that is set aside for the server's own training
+            (calibration); no client has them.
+        server_root: in its place, a folder of images for the server, labelled or not; brought to the clients' size and channels.
         test_fraction: part of all images used for testing, where the data set has no test part of its own; always the same images.
-        limit_train: train on this many images only; smaller limits are subsets of larger ones of the same seed.
+        limit_train: train on this many images only, the server's part among them; smaller limits are subsets of larger ones of the same
+            seed.
         seed: what partition, limit and validation part are drawn from, and the Trainer's batches.
         num_workers: processes that prepare batches.
         skip_unreadable: leave out images that cannot be read, and say how many, instead of stopping.
@@ -104,7 +106,10 @@ class ImageData(ClientStreams, LightningDataModule):
         if val_fraction + server_fraction >= 1:
             raise ValueError(f"val_fraction={val_fraction} and server_fraction={server_fraction} leave no images to clients: lower them")
         if server_fraction and server_root is not None:
-            raise ValueError(f"server_fraction={server_fraction} and server_root={server_root}: the server has one or the other")
+            raise ValueError(
+                f"server_fraction={server_fraction} and server_root={server_root}: the server has one or the other; set server_fraction to "
+                "0, or server_root to null"
+            )
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction}; it must be above 0 and below 1")
         for name, number in (("batch_size", batch_size), ("num_clients", num_clients), ("limit_train", limit_train)):
@@ -173,6 +178,24 @@ class ImageData(ClientStreams, LightningDataModule):
         if self.dataset in PUBLISHED:
             self._loaded = blank(self.dataset)
 
+    def server_batch_sizes(self, epochs: int) -> list[int]:
+        """Images of each batch of ``epochs`` passes over the server's own; ValueError where it has some, and too few for a batch."""
+        sizes = super().server_batch_sizes(epochs)
+        given = f"server_fraction={self.server_fraction}" if self.server_fraction else f"server_root={self.server_root}"
+        if not sizes and (self.server_fraction or self.server_root is not None):
+            raise ValueError(f"{given} gives the server {self._server_size} images, and it needs at least {self.plan.at_least}: give more")
+        return sizes
+
+    def check_server_labels(self) -> None:
+        """For models that learn from labels; ValueError where some of the server's images have none that is one of the classes."""
+        labels = (self._server if self.skip_unreadable else self._parts[3]).labels
+        if unlabelled := int((labels < 0).sum()):
+            named = ", ".join(self._loaded.classes[:10]) + (", …" if self.num_classes > 10 else "")
+            raise ValueError(
+                f"{unlabelled} of the server's {len(labels)} images have no label that clients know: lay server_root out as CLASS/*, with "
+                f"the names of their classes ({named}), or set server_fraction in its place"
+            )
+
     # -- for a Trainer --------------------------------------------------------------------------------------------
     def prepare_data(self) -> None:
         if self.download:
@@ -226,19 +249,22 @@ class ImageData(ClientStreams, LightningDataModule):
             held, places = _stratified(source.labels, self.test_fraction)
             test = source.at(held)
         places = places[torch.randperm(len(places), generator=generator(self.seed, "train"))]
-        kept, servers = (round(fraction * len(places)) for fraction in (self.val_fraction, self.server_fraction))
-        cuts = places[:kept], places[kept : kept + servers], places[kept + servers :][: self.limit_train]
-        val, server, train = (source.at(part.sort().values) for part in cuts)
+        kept = round(self.val_fraction * len(places))
+        limited = places[kept:][: self.limit_train]
+        servers = round(self.server_fraction * len(limited))
+        val, server, train = (source.at(part.sort().values) for part in (places[:kept], limited[:servers], limited[servers:]))
         return train, val, test, server if self.server_root is None else self._elsewhere(self.server_root)
 
     def _elsewhere(self, root: str) -> Source:
-        """All images of another folder; labels where its classes are called as ours."""
-        other = LOADERS["folder"](root, False, False)
+        """The training images of another folder, or all where it has no such part; labels where its classes are called as ours."""
+        other = folder(root, False, False, called="server_root")
         ours = torch.tensor([*(self._loaded.classes.index(name) if name in self._loaded.classes else -1 for name in other.classes), -1])
         return Source(other.train.images, ours[other.train.labels])
 
     def _read(self, part: int, image_size: int | None = None) -> Source:
         source = read(self._parts[part], image_size or self.image_size, self.in_memory_bytes, self.skip_unreadable)
+        if self.image_shape[0] == 1:
+            source.images = grey(source.images)
         if len(source.images) and (shape := tuple(source.images.take(torch.tensor([0])).shape[1:])) != self.image_shape:
             raise ValueError(
                 f"there are images of shape {self.image_shape} and of shape {shape} (C, H, W); set image_size to bring all to one size"

@@ -94,6 +94,30 @@ class Files:
         return picture
 
 
+class Grey:
+    """Colour pictures, grey when they are taken: (299 R + 587 G + 114 B) / 1000, rounded, so that grey ones keep their values."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Tensor:
+        red, green, blue = self.images.take(indices).int().unbind(1)
+        return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8).unsqueeze(1)
+
+    def at(self, places: Tensor) -> Grey:
+        return Grey(self.images.at(places))
+
+
+def grey(images: Images) -> Images:
+    """``images`` with one channel, held in memory where they are."""
+    if not len(images) or images.take(torch.tensor([0])).shape[1] == 1:
+        return images
+    return Tensors(Grey(images).take(torch.arange(len(images)))) if isinstance(images, Tensors) else Grey(images)
+
+
 def resized(pixels: Tensor, image_size: int | None) -> Tensor:
     """Pictures (N, C, H, W) at ``image_size`` pixels each way; None keeps them as they are."""
     if image_size is None or pixels.shape[-2:] == (image_size, image_size) or not len(pixels):

@@ -90,20 +90,21 @@ def cifar(name: str) -> Callable[[str, bool, bool], Loaded]:
     return load
 
 
-def folder(root: str, download: bool, by_client: bool) -> Loaded:
+def folder(root: str, download: bool, by_client: bool, called: str = "root") -> Loaded:
     """Any folder of images: train/CLASS/* and test/CLASS/*, or CLASS/*; a picture's class is the folder that holds it.
 
-    ``by_client``: the training part's first level is a folder per client, and CLASS below it may be missing.
+    ``by_client``: the training part's first level is a folder per client, and CLASS below it may be missing. ``called``: what errors call
+    the folder.
     """
     base = Path(root)
     if not base.is_dir():
-        raise ValueError(f"root={root} is not a folder; give the folder that holds train/CLASS/*, or CLASS/*")
+        raise ValueError(f"{called}={root} is not a folder; give the folder that holds train/CLASS/*, or CLASS/*")
     held = base / "train" if (base / "train").is_dir() else base
     train = _files(held)
     test = _files(base / "test") if (base / "test").is_dir() else None
     if not train or test == []:
         empty = base / ("test" if train else "train")
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {empty if empty.is_dir() else base}")
+        raise ValueError(f"{called}={root}: no images ({', '.join(SUFFIXES)}) in {empty if empty.is_dir() else base}")
     kinds = [_kind(parts, by_client) for _, parts in train], [_kind(parts, False) for _, parts in test or ()]
     classes = sorted({kind for part in kinds for kind in part if kind is not None})
     number: dict[str | None, int] = {None: -1, **{name: at for at, name in enumerate(classes)}}

@@ -159,6 +159,20 @@ def test_compare_puts_runs_side_by_side_and_keeps_what_is_finished(config: Path,
     assert (config.parent / "runs" / "ways-2" / "comparison.json").exists()
 
 
+def test_compare_shows_what_the_server_computed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = config.read_text().replace("rounds: 4", "rounds: 1").replace("limit_train: 256", "limit_train: 256, server_fraction: 0.25")
+    Path("calibrated.yaml").write_text(text.replace("federation:", "  - class_path: ServerCalibration\nfederation:"))
+    Path("plain.yaml").write_text(text)
+    assert run("compare", "calibrated.yaml", "plain.yaml", "--out", "out") == 0
+    calibrated, plain = json.loads(Path("out/comparison.json").read_text())["runs"]
+    assert calibrated["server"] == json.loads(Path("out/calibrated/cost.json").read_text())["server"]["total"]
+    assert "server" not in plain
+    rows = list(csv.DictReader(Path("out/comparison.csv").read_text().splitlines()))
+    assert [row["server_flops_forward"] for row in rows] == [str(calibrated["server"]["flops_forward"]), ""]
+    told = capsys.readouterr().out
+    assert all(f"server {name}" in told for name in ("FLOPs fwd", "FLOPs bwd", "s "))
+
+
 def test_compare_does_not_keep_a_run_whose_file_has_changed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compare", config, "--out", "out") == 0
     figures = Path("out/small/run.json").read_bytes()

@@ -148,7 +148,7 @@ def calibrated(toys, settings):
     """The server trains on images of its own, which only one process does; clients that drop out."""
     blocks = {"blocks": "backbone.blocks.*"}
     plugins = [LayerFreezing(**blocks, periods_per_stage=2), DepthDropout(**blocks), ServerCalibration()]
-    data = toys.small_digits(num_clients=5, server_fraction=0.03)
+    data = toys.small_digits(num_clients=5, server_fraction=0.3)
     return Federation(4, cohort=4, dropout=0.3, seed=2, **settings), toys.small_ssl("byol"), data, plugins
 
 

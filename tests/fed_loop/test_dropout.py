@@ -16,10 +16,13 @@ def sgd(parameters):
 
 def test_the_share_that_is_asked_for_drops_out_each_time_others():
     drawn = [dropouts(range(10), 0.25, 3, round) for round in range(200)]
-    assert {len(gone) for gone in drawn} == {3}
+    assert {len(gone) for gone in drawn} == {2, 3}
     times = torch.tensor([client for gone in drawn for client in gone]).bincount(minlength=10)
-    assert (times - 60).abs().max() < 25  # 60 each on average, 6.5 the standard deviation
+    assert (times - 50).abs().max() < 25  # 50 each on average, 6 the standard deviation
     assert dropouts(range(4), 0.0, 3, 0) == {}
+    for clients, share in ((2, 0.2), (3, 0.1), (5, 0.5), (10, 0.3)):
+        counts = [len(dropouts(range(clients), share, 3, round)) for round in range(1000)]
+        assert sum(counts) / 1000 == pytest.approx(share * clients, abs=0.06)  # 0.016 the standard deviation
     assert len(dropouts([1, 2], 0.99, 3, 0)) == 1  # somebody stays
 
 

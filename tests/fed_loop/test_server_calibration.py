@@ -1,9 +1,12 @@
 """Server-side calibration: what it trains, what then travels, what it costs, and beside whom it is refused."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from featherlight.fed_loop import Momentum
 from featherlight.fed_loop.predict import predict
@@ -20,6 +23,7 @@ from featherlight.plugins import (
     TopK,
     Visit,
 )
+from featherlight.ssl_models import Classifier, ImageData, TextData
 
 BLOCKS = "backbone.blocks.*"
 METHODS = {
@@ -47,7 +51,7 @@ def test_predicted_is_measured(model, ssl, digits, federation, cost_of):
     """End to end, with a frozen prefix, and with a growing model; blocks are left out of clients' turns, but not of the server's."""
 
     def data():
-        return digits(num_clients=2, limit_train=40, server_fraction=0.02)
+        return digits(num_clients=2, limit_train=70, server_fraction=0.4)
 
     settings = federation(2, seed=1)
     predicted = cost_of(predict(settings, lambda: ssl(model), data(), [ServerCalibration(epochs=2), *METHODS[model]()]))
@@ -79,7 +83,7 @@ def test_what_trains_is_the_whole_model_of_the_stage(ssl, digits, federation):
         def settle(self, server, clock):
             modes.append([parameter.requires_grad for parameter in server.backbone.blocks.parameters()])
 
-    data = digits(num_clients=1, server_fraction=0.05)
+    data = digits(num_clients=1, server_fraction=0.3)
     federation(2, resend=True).run(module, data, [LayerFreezing(BLOCKS), ServerCalibration(), watch, Mode()])
     first, second = watch._seen
     changed = {name for name in first if not torch.equal(first[name], second[name])}
@@ -89,6 +93,21 @@ def test_what_trains_is_the_whole_model_of_the_stage(ssl, digits, federation):
     assert torch.equal(second[frozen], before[frozen])  # the user's own choice stands
     per_block = len(modes[1]) // 3
     assert modes[1] == [False] * per_block + [True] * per_block + [False] * per_block  # closed again
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_block_that_the_user_froze(place, net, points, federation):
+    """Behind a stem that trains on the server, and that clients have frozen by then: it stays as it was, and what is around it trains."""
+    module, watch = net(), Watch()
+    module.blocks[place].requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    federation(3).run(module, WithServer(points([6, 10])), [LayerFreezing("blocks.*"), ServerCalibration(), watch])
+    parameters = dict(module.named_parameters())
+    own = {name for name in parameters if name.startswith(f"blocks.{place}.")}
+    first, last = watch._seen[0], watch._seen[-1]
+    assert all(torch.equal(last[name], before[name]) for name in own)
+    assert not torch.equal(first["stem.weight"], last["stem.weight"])
+    assert {parameters[name].requires_grad for name in own} == {False}
 
 
 def test_a_round_by_hand(net, points, federation):
@@ -146,7 +165,62 @@ def test_a_calibration_that_diverges_is_left_out(net, points, federation, same, 
     federation(2).run(plain, points([6, 10]))
     same(module.state_dict(), plain.state_dict())
     assert result.rejected == 0
+    assert [row["calibration_rejected"] for row in result.history] == [1, 1]
     assert "server's own training rejected" in capsys.readouterr().err
+
+
+def test_one_that_diverges_to_large_numbers_poisons_nothing(net, points, federation, same):
+    """Finite, but so large that clients could not send what they make of it: the mean stands, and the next round is as without."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, 0.1)
+
+    module, plain = net(sgd), net(sgd)
+    data = WithServer(points([6, 10]))
+    data.own = data.own[:1]
+    result = federation(2).run(module, data, [ServerCalibration(lr_factor=1e11)])
+    federation(2).run(plain, points([6, 10]))
+    same(module.state_dict(), plain.state_dict())
+    assert [(row["calibration_rejected"], row["rejected"]) for row in result.history] == [(1, 0), (1, 0)]
+    assert all(row["server_loss"] < 100 for row in result.history)
+
+
+def test_nothing_is_calibrated_where_nothing_arrived(net, points, federation, same):
+    class Spoilt(Plugin):
+        def extra_loss(self, model, batch):
+            return torch.tensor(float("nan"))
+
+    module = net()
+    data, before = WithServer(points([6, 10])), copy.deepcopy(module.state_dict())
+    result = federation(1).run(module, data, [Spoilt(), ServerCalibration()])
+    assert (result.rejected, data.asked) == (2, [])
+    same(module.state_dict(), before)
+    assert result.cost.server is None or result.cost.server.rows() == []
+
+
+def test_ctrl_c_stops_before_the_next_step(tmp_path, net, points, federation, capsys):
+    """The round whose calibration was cut off is not in the checkpoint, and is done again."""
+    interrupted, drawn = [], []
+
+    class Interrupted(WithServer):
+        def server_batches(self, visit, epochs):
+            for number, batch in enumerate(super().server_batches(visit, epochs)):
+                if visit.round == 1 and number == 1 and not interrupted:
+                    interrupted.append(True)
+                    os.kill(os.getpid(), signal.SIGINT)
+                drawn.append((visit.round, number))
+                yield batch
+
+    plugins = [ServerCalibration(epochs=50)]
+    with pytest.raises(KeyboardInterrupt):
+        federation(2, folder=tmp_path).run(net(), Interrupted(points([6, 10])), plugins)
+    assert drawn[-1] == (1, 1)
+    assert "interrupted at the end of round 1" in capsys.readouterr().err
+    module, whole = net(), net()
+    result = federation(2, folder=tmp_path).run(module, Interrupted(points([6, 10])), plugins, resume=True)
+    other = federation(2).run(whole, Interrupted(points([6, 10])), plugins)
+    assert [row["server_loss"] for row in result.history] == [row["server_loss"] for row in other.history]
+    assert all(torch.equal(one, two) for one, two in zip(module.state_dict().values(), whole.state_dict().values()))
 
 
 @pytest.mark.parametrize("plugins", [[PrismSampling({0.5: 1.0}, layers="blocks.*")], [TopK(20)]], ids=["prism", "top-k"])
@@ -188,9 +262,20 @@ def test_refused(plugins, data, message, net, points, federation):
             go()
 
 
-def test_images_without_a_part_for_the_server(ssl, digits, federation):
+def test_data_without_a_part_for_the_server(ssl, net, digits, federation):
     with pytest.raises(ValueError, match=r"set server_fraction .* or server_root"):
         federation(1).run(ssl("simclr"), digits(), [ServerCalibration()])
+    with pytest.raises(ValueError, match=r"TextData has not one batch: it sets none aside; choose data that do, or leave the plugin out"):
+        federation(1).run(net(), TextData(limit_train=40), [ServerCalibration()])
+
+
+def test_a_model_that_learns_from_labels_needs_the_servers(tmp_path, federation):
+    for number in range(4):
+        Image.new("L", (8, 8), 9 * number).save(tmp_path / f"{number}.png")
+    model = Classifier("vit", image_size=8, in_channels=1, backbone_options={"depth": 1, "width": 16, "heads": 2, "patch_size": 4})
+    data = ImageData(views=1, batch_size=4, limit_train=8, server_root=str(tmp_path))
+    with pytest.raises(ValueError, match="4 of the server's 4 images have no label that clients know"):
+        federation(1).run(model, data, [ServerCalibration()])
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"lr_factor": 0.0}])
@@ -205,7 +290,7 @@ def test_resumed_is_uninterrupted(tmp_path, ssl, digits, federation, same, figur
 
     def run(rounds, folder, resume=False):
         module = ssl("mocov3")
-        data = digits(server_fraction=0.03, limit_train=60)
+        data = digits(server_fraction=0.3, limit_train=60)
         result = federation(rounds, cohort=2, folder=folder).run(module, data, copy.deepcopy(plugins), resume=resume)
         return module.state_dict(), figures(result)
 

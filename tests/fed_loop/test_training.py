@@ -206,3 +206,12 @@ def test_a_module_that_has_been_federated_is_ordinary(net, points, federation, t
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, **silent)
     trainer.fit(module, torch.utils.data.DataLoader(data.batches(0), batch_size=None))
     assert "loss" in trainer.callback_metrics
+
+
+def test_a_run_that_ends_before_the_last_stage_says_so_as_it_begins(net, points, federation, capsys):
+    for rounds, told in ((4, True), (5, False)):
+        federation(rounds).run(net(), points([6]), [plugins.LayerFreezing("blocks.*", periods_per_stage=2)])
+        lines = [line for line in capsys.readouterr().err.split("rounds=") if "never" in line]
+        assert len(lines) == told
+    federation(2).run(net(), points([6]), [plugins.ProgressiveGrowth("blocks.*", periods_per_stage=2)])
+    assert "rounds=2 ends in stage 1 of 3" in capsys.readouterr().err

@@ -116,6 +116,29 @@ def test_only_what_trains_is_mixed(byol):
     }
 
 
+def test_the_scale_is_of_what_is_measured(byol):
+    """The second turn is the first of a new stage, where only norm and head are in both: the next, with the new block, sets λ again."""
+    chain = Chain([FedEMA(), LayerFreezing("encoder.layers.*", periods_per_stage=[1, 3])])
+    chain.attach(byol)
+    plugin, memory, told = chain.plugins[0], {}, []
+    for round in range(4):
+        local = copy.deepcopy(byol)
+        shift(byol, 0.02 * (round + 1), 7 + round)
+        received = copy.deepcopy(byol)
+        memory, _ = turn(chain, byol, round, memory, 0.01)
+        apart = [
+            (value - local.get_parameter(name)).norm().square()
+            for name, value in received.named_parameters()
+            if f"0:local.{name}" in memory and (round > 1 or ".layers." not in name)
+        ]
+        told.append((plugin._scale, torch.stack(apart).sum().sqrt()))
+    assert told[0][0] is None
+    for scale, apart in told[1:3]:  # μ = τ in each
+        assert torch.allclose(scale * apart, torch.tensor(0.7), atol=1e-5)
+    assert torch.equal(told[3][0], told[2][0])
+    assert not torch.allclose(told[1][0], told[2][0], rtol=0.01)
+
+
 def test_others_see_what_was_received(byol):
     """Wherever they stand, methods that compare take their copy before the model is mixed."""
     chain = Chain([FedEMA(), Proximal(1.0)])

@@ -247,7 +247,7 @@ def test_a_host_that_does_not_say_when_a_turn_begins_is_told(batch):
 
 
 def test_the_temperature_is_the_models_own():
-    for own, wanted in ((None, 0.5), (0.05, 0.05)):
+    for own, wanted in ((None, 0.5), (0.05, 0.05), (1, 1), (0, 0.5), (True, 0.5)):
         model = Model()
         model.temperature = own
         plugin = RepresentationAlignment(through=THROUGH)

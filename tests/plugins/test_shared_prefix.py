@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from featherlight.plugins import Clock, DepthDropout, LayerFreezing, Visit
+from featherlight.plugins import MOON, Chain, Clock, DepthDropout, LayerFreezing, RepresentationAlignment, Visit
 from featherlight.plugins.step_cost import StepMeter
 from featherlight.ssl_models import BYOL, MoCoV3
 
@@ -155,6 +155,76 @@ def test_somebody_watches_the_blocks(views):
     assert len(seen) == 4
 
 
+def test_somebody_watches_what_is_inside_a_block(views):
+    seen = []
+
+    def watch(model):
+        model.online.blocks[1].linear.register_forward_pre_hook(lambda module, args: seen.append(args))
+
+    assert compare(views, before=watch) == [2] * 6
+    assert len(seen) == 4
+
+
+def kept(blocks, x):
+    outs = []
+    for block in blocks:
+        x = block(x)
+        outs.append(x)
+    return outs[0] * outs[1] + outs[2]
+
+
+def added_up(blocks, x):
+    total = torch.zeros_like(x)
+    for block in blocks:
+        x = block(x)
+        total += x
+    return total
+
+
+def written_to(blocks, x):
+    for block in blocks:
+        x = block(x)
+        x.mul_(1.5)
+    return x
+
+
+def measured(blocks, x):
+    for block in blocks:
+        x = block(x)
+        assert x.shape == (6, 4)
+        assert x.dtype is torch.float32
+    return x * len(x)
+
+
+@pytest.mark.parametrize(("use", "runs"), [(kept, 1), (added_up, 1), (written_to, 2), (measured, 0)])
+@pytest.mark.parametrize("first", ["target", "online"])
+def test_what_is_looked_at_between_blocks_is_computed(use, runs, first, views):
+    """The first of two frozen blocks runs in the second branch where somebody looks at its values, and not for its shape."""
+
+    class Model(TwoBranches):
+        def __init__(self):
+            super().__init__(first)
+            for branch in (self.online, self.target):
+                branch.forward = lambda x, branch=branch: use(branch.blocks, branch.stem(x))
+
+    def one(share):
+        model, plugin = Model(), LayerFreezing("online.blocks.*", share_prefix=share)
+        plugin.attach(model)
+        model.train()
+        plugin.advance(LAST)
+        plugin.before_forward(LAST)
+        loss = model(*views)
+        loss.backward()
+        plugin.after_step(LAST)
+        return loss, [value.grad for value in model.online.blocks[2].parameters()], model.runs()
+
+    (alone, wanted, _), (shared, found, told) = one(False), one(True)
+    assert torch.equal(alone, shared)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(wanted, found, strict=True))
+    second = told[:2] if first == "target" else told[3:5]
+    assert second == ([2, 2] if runs == 2 else [2 * runs, 0])
+
+
 def dropped(**options):
     return [DepthDropout("online.blocks.*", rate=0.5, **options)]
 
@@ -170,24 +240,39 @@ def test_depth_dropout(views):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+BESIDE = {
+    "alone": list,
+    "alignment": lambda: [RepresentationAlignment()],
+    "MOON": lambda: [MOON()],
+    "both": lambda: [MOON(), RepresentationAlignment(form="cosine")],
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("method", [BYOL, MoCoV3])
-def test_self_supervised_models(method):
-    """Bit for bit the same gradients; forward FLOPs less by two passes through the prefix."""
+def test_self_supervised_models(method, beside):
+    """Bit for bit the same gradients; forward FLOPs less by two passes through the prefix, whoever notes what blocks make of a view."""
     found = []
     for share in (False, True):
         torch.manual_seed(0)
         model = method(
             "vit", image_size=8, backbone_options={"depth": 3, "width": 16, "heads": 2, "patch_size": 4}, hidden_dim=16, output_dim=8
         )
-        plugin = LayerFreezing("backbone.blocks.*", share_prefix=share)
+        plugin = Chain([LayerFreezing("backbone.blocks.*", share_prefix=share), *BESIDE[beside]()])
         plugin.attach(model)
         model.train()
         plugin.advance(LAST)
+        last_turn = {f"1:{name}": value + 0.1 for name, value in model.named_parameters()}
+        plugin.recall(last_turn, Visit(2))
+        plugin.receive(Visit(2))
         plugin.before_forward(LAST)
         random = torch.Generator().manual_seed(1)
         views = [torch.randn(4, 3, 8, 8, generator=random) for _ in range(2)]
         with StepMeter(model) as meter:
             loss = model.view_loss(*views)
+            extra = plugin.extra_loss(model, (views, torch.zeros(4)))
+            assert (extra is None) == (beside == "alone")
+            loss = loss if extra is None else loss + extra
             meter.forward_is_done()
             loss.backward()
         plugin.after_step(LAST)

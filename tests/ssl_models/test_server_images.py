@@ -53,12 +53,66 @@ def test_a_folder_of_its_own(tmp_path: Path):
     assert sum(data.client_sizes()) == 8  # two of ten are for testing
 
 
+def test_a_limit_is_of_clients_and_server_together():
+    """The server's part is a fraction of what the limit leaves; smaller limits are subsets of larger ones."""
+    found = {}
+    for limit in (100, 200):
+        data = plain(limit_train=limit, server_fraction=0.2, num_clients=2)
+        own = rows(data.server_batches(Visit(0, SERVER), 1))
+        theirs = rows(batch for _, batch in data.client_batches([Visit(0, 0), Visit(0, 1)], 1))
+        assert (len(own), len(theirs)) == (limit // 5, limit - limit // 5)
+        found[limit] = {tuple(picture) for picture in torch.cat([own, theirs]).tolist()}
+    assert found[100] < found[200]
+
+
+def pictures(folder: Path, count: int, mode: str = "RGB", size: int = 8):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new(mode, (size, size), 20 * number if mode == "L" else (20 * number, 100, 0)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 2**20])
+def test_pictures_get_the_clients_channels(in_memory_bytes, tmp_path: Path):
+    """Clients' digits are grey: grey pictures keep their values, coloured ones become grey as PIL makes them, but for rounding."""
+    for mode in ("L", "RGB"):
+        root = pictures(tmp_path / mode, 6, mode, size=8)
+        data = plain(server_root=root, in_memory_bytes=in_memory_bytes)
+        (batch,) = data.server_batches(Visit(0, SERVER), 1)
+        assert batch.views[0].shape == (6, 1, 8, 8)
+        wanted = [Image.open(path).convert("L").getpixel((0, 0)) for path in sorted(Path(root).glob("*.png"))]
+        found = sorted(batch.views[0][:, 0, 0, 0].tolist())
+        assert found == sorted(wanted) if mode == "L" else all(abs(one - two) <= 1 for one, two in zip(found, sorted(wanted), strict=True))
+        assert set(batch.labels.tolist()) == {-1}
+
+
+def test_what_is_wrong_with_the_servers_images(tmp_path: Path):
+    for name, count, message in (
+        ("nothing", None, "server_root=.*nothing is not a folder"),
+        ("empty", 0, "server_root=.*empty: no images"),
+        ("one", 1, "server_root=.*one gives the server 1 images, and it needs at least 2"),
+    ):
+        root = str(tmp_path / name) if count is None else pictures(tmp_path / name, count)
+        with pytest.raises(ValueError, match=message):
+            ImageData(server_root=root).server_batch_sizes(1)
+    with pytest.raises(ValueError, match=r"server_fraction=0.0005 gives the server 1 images, and it needs at least 2: give more"):
+        ImageData(server_fraction=0.0005).server_batch_sizes(1)
+
+
+def test_labels_for_models_that_learn_from_them(tmp_path: Path):
+    pictures(tmp_path / "7", 2)
+    plain(server_root=str(tmp_path)).check_server_labels()
+    pictures(tmp_path / "seven", 3)
+    with pytest.raises(ValueError, match=r"3 of the server's 5 images have no label .* \(0, 1, 2, 3, 4, 5, 6, 7, 8, 9\)"):
+        plain(server_root=str(tmp_path)).check_server_labels()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"server_fraction": 1.0}, "server_fraction=1.0; it must be"),
         ({"server_fraction": 0.5, "val_fraction": 0.5}, "leave no images to clients"),
-        ({"server_fraction": 0.5, "server_root": "pictures"}, "the server has one or the other"),
+        ({"server_fraction": 0.5, "server_root": "pictures"}, "server_fraction to 0, or server_root to null"),
     ],
 )
 def test_refused(options, message):
