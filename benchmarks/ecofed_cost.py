@@ -8,7 +8,8 @@ The paper (arXiv 2304.05495): up to 133× less communication and 21× faster tha
 are the bytes of numbers alone: 500 images, activations of 128×8×8 in float32 (and as many bytes of gradients), a front of 76,032
 parameters. Serialised, labels and headers come on top, and in EcoFed the front, once a client: it is shown apart. Images are noise, since
 bytes and seconds do not depend on them. Seconds are those of one CPU core here, on two of whose steps meters ran; --device-slowdown
-says how much slower a device is, --server-speedup how much faster a server, --mbit what its link carries each way.
+says how much slower a device is, --server-speedup how much faster a server, --mbit what its link carries each way. Devices and links work
+side by side; the server trains a rear for each device, and the last columns have one server do that for --cohort of them in turn.
 """
 
 from __future__ import annotations
@@ -167,27 +168,39 @@ def below(console: Console) -> None:
 
 
 def times(console: Console, runs: dict[tuple[str, str], Result], arguments: argparse.Namespace) -> None:
-    """Seconds of a round: device, link and server, one after the other."""
+    """Seconds of a round: device, link and server, one after the other; with a server for each device, and with one for all."""
     table = Table(
         title=f"seconds of a device's round of 500 images: this CPU core × {arguments.device_slowdown:g}, "
         f"{arguments.mbit:g} Mbit/s each way, server = this core / {arguments.server_speedup:g}"
     )
-    for column in ("network", "way", "GFLOP", "core, measured", "device", "link", "server", "round", "times faster"):
+    for column in (
+        "network",
+        "way",
+        "GFLOP",
+        "core, measured",
+        "device",
+        "link",
+        "server",
+        "round",
+        "times faster",
+        f"round of {arguments.cohort}",
+        "faster",
+    ):
         table.add_column(column, justify="right")
     for net in NETS:
-        slowest: float | None = None
+        slowest: list[float] | None = None
         for way in WAYS:
             cost = runs[net, way].cost
             device = cost.rows()[0]["seconds"]
             server = cost.server.rows()[0]["seconds"] if cost.server is not None else 0.0
             link = 8 * traffic_of(runs[net, way], way) / arguments.mbit / 1e6
-            total = device * arguments.device_slowdown + link + server / arguments.server_speedup
-            slowest = slowest or total
+            totals = [device * arguments.device_slowdown + link + n * server / arguments.server_speedup for n in (1, arguments.cohort)]
+            slowest = slowest or totals
             flops = cost.rows()[0]["flops_forward"] + cost.rows()[0]["flops_backward"]
             table.add_row(
                 net, way, f"{flops / 1e9:.1f}", f"{device:.2f}",
-                f"{device * arguments.device_slowdown:.1f}", f"{link:.1f}", f"{server / arguments.server_speedup:.2f}", f"{total:.1f}",
-                f"{slowest / total:.2f}",
+                f"{device * arguments.device_slowdown:.1f}", f"{link:.1f}", f"{server / arguments.server_speedup:.2f}",
+                *(cell for first, total in zip(slowest, totals) for cell in (f"{total:.1f}", f"{first / total:.2f}")),
             )  # fmt: skip
     console.print(table)
 
@@ -198,6 +211,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="say how long rounds take, too")
     parser.add_argument("--device-slowdown", type=float, default=4.0)
     parser.add_argument("--server-speedup", type=float, default=20.0)
+    parser.add_argument("--cohort", type=int, default=20, help="devices of a round, whose rears one server trains one after the other")
     parser.add_argument("--mbit", type=float, default=50.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

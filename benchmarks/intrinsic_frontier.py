@@ -218,7 +218,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     names = list(rows[0]["figures"])
     figure, panels = pyplot.subplots(1, len(names), figsize=(7 * len(names), 5), squeeze=False, layout="constrained")
-    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     ways = list(dict.fromkeys(row["way"] for row in rows))
     for panel, name in zip(panels[0], names):
         for number, way in enumerate(ways):
@@ -226,7 +226,9 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             means = [100 * statistics.mean(values) for _, values in points]
             spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
             style = "o-" if WAYS[way] in OURS else "s--"
-            panel.errorbar([x for x, _ in points], means, spread, fmt=style, color=colours[number], label=way, capsize=2)
+            panel.errorbar(
+                [x for x, _ in points], means, spread, fmt=style, color=colours[2 * number % 20 + number // 10], label=way, capsize=2
+            )
             if way == "FedAvg":
                 panel.axhline(means[-1] - 2, color="grey", lw=0.8, ls=":")
                 panel.axvline(points[-1][0] / 100, color="grey", lw=0.8, ls=":")
@@ -278,7 +280,7 @@ def main() -> None:
     def runs(way: str, budget: float, rate: tuple[float, float]) -> list[dict[str, Any]]:
         """All seeds'."""
         found: list[dict[str, Any]] = []
-        for seed in range(arguments.seeds):
+        for seed in range(100 if arguments.show else arguments.seeds):
             key = {"settings": settings, "way": way, "budget": budget, "rate": list(rate), "seed": seed}
             row = next((row for row in done if row["key"] == key), None)
             if row is None and arguments.show:
@@ -300,9 +302,11 @@ def main() -> None:
         if arguments.show:
             kept = [row["key"] for row in done if row["key"]["settings"] == settings and row["key"]["way"] == way]
             budgets = sorted({key["budget"] for key in kept})
-            rates = sorted({tuple(key["rate"]) for key in kept})
+            rates = sorted({(float(rate), float(gain)) for rate, gain in (key["rate"] for key in kept)})
         for budget in budgets:
             tried = {rate: found for rate in rates if (found := runs(way, budget, rate))}
+            most = max(map(len, tried.values()), default=0)
+            tried = {rate: found for rate, found in tried.items() if len(found) == most}
             first = next(iter(tried.values()))[0]["metrics"]
             figure = next(iter(first))
             best = max(tried, key=lambda rate: statistics.mean(row["metrics"][figure] for row in tried[rate]))
@@ -314,6 +318,8 @@ def main() -> None:
                     "figures": {name: [row["metrics"][name] for row in chosen] for name in first},
                 }
             )  # fmt: skip
+    if not rows:
+        raise SystemExit(f"{arguments.out} holds nothing of these settings")
     whole = next((row for row in rows if row["way"] == "FedAvg"), rows[0])
     title = f"{arguments.method}: " + ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "method")
     table = Table(title=title)

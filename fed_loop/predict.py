@@ -181,6 +181,7 @@ class _Prediction:
                 changed |= plan.sent.keys() if client not in gone else set()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
+            self.chain.arrive([Visit(round, client, settings.seed) for client in cohort if client not in gone])
             if self.on_server.plan is not None:
                 self.table.add_server(self.chain.stage(round), round, self.on_server.predict(round))
                 changed |= self.on_server.plan.sent.keys()

@@ -121,7 +121,7 @@ class StoredRounds:
         if partition.devices_work:
             buffer.keep_aside([client for client in buffer.aside if client not in refused])
             buffer.commit(round)
-        else:
+        elif len(refused) < len(everybody) or len(everybody) == 1:  # where all of several fail, it is not for what they sent
             for client in refused:
                 buffer.drop(client)
 

@@ -200,6 +200,9 @@ class Plugin:
         """
         return total
 
+    def arrive(self, visits: Sequence[Visit]) -> None:
+        """In a prediction, where nothing is trained and :meth:`lift` is not called: whose updates would be in the round's mean."""
+
     def calibration(self, clock: Clock) -> Calibration | None:
         """How the server trains the model on its own data, between the round's mean and :meth:`settle`; None: not at all. The host takes
         the steps, with the module's own loss and optimizer and no plugin's training verbs. Asked behind :meth:`advance`."""

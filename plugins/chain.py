@@ -210,6 +210,10 @@ class Chain(Plugin):
             total = plugin.lift(total, clock)
         return total
 
+    def arrive(self, visits: Sequence[Visit]) -> None:
+        for plugin in self.plugins:
+            plugin.arrive(visits)
+
     def calibration(self, clock: Clock) -> Calibration | None:
         found = [(type(plugin).__name__, given) for plugin in self.plugins if (given := plugin.calibration(clock)) is not None]
         if len(found) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
@@ -47,12 +47,13 @@ class IntrinsicProjection(Plugin):
         gain: γ, what a projected change is multiplied by: ``"length"``: √(d/D); ``"projection"``: d/D, as if A's columns were
             orthonormal, √(d/D) as long as the change; ``"unbiased"``: 1, E[A·Aᵀ] = I, √(D/d) times as long; or a number.
         draw: who draws among K > 1 subspaces.
-        known_start: clients have the first round's model (drawn from a seed, or pre-trained); otherwise a client's first visit sends it.
+        known_start: clients have the first round's model (drawn from a seed, or pre-trained); if not, a client's first visit sends it, and
+            so does the first since others train.
         momentum: β of the server: v_k ← β·v_k + mean, Σ_k ← Σ_k + v_k for each k that was drawn. New subspaces begin with v = 0.
         serve: ``"changed"``: a client is sent the Σ_k that changed since it had them; ``"all"``: all K count as changed in every round,
             as in the paper's table.
         down_bits: of a number of the steps that Σ takes, 2 to 8, where clients are to be sent those: rounded to the nearest, what is left
-            over added to the next step; a client that lacks so many that Σ itself is less gets that, in float32. 32: Σ always. For the
+            over added to the next step; a client for which Σ itself is less, names counted, gets that, in float32. 32: Σ always. For the
             way up, put a :class:`Quantization` behind this plugin.
 
     Raises:
@@ -191,19 +192,18 @@ class IntrinsicProjection(Plugin):
         having those of earlier spans. Where the span's own sums are more than the model, that comes alone; the client has what it had.
         """
         self._begin_round(visit)
-        self._drawn.add(self._which(visit))
         owed = [span.owed(kept) for span in self._spans]
         sums = {name: value for own, _ in owed for name, value in own.items()}
         vectors = {name: value for _, sent in owed for name, value in sent.items()}
         covered = {name for span in self._spans for name in span.names}  # those of earlier spans are where these spans' vectors left them
         whole = {name: value for name, value in message.items() if name in covered}
         rest = {name: value for name, value in message.items() if name not in covered}
-        start = {f"{PREFIX}.start@0": next(iter(message.values())).new_zeros(0)}
+        start = {f"{PREFIX}.start@{self._newest}": next(iter(message.values())).new_zeros(0)}
         earlier, now = (
             _bytes(value for _, sent in some for name, value in sent.items() if name not in kept) for some in (owed[:-1], owed[-1:])
         )
         model = _bytes(whole.values())
-        stranger = not self.known_start and not any(name.startswith(f"{PREFIX}.") for name in kept)
+        stranger = not self.known_start and next(iter(start)) not in kept
         if stranger or earlier >= model:
             absent = whole.keys() - held(self._model).keys()  # of blocks that this visit leaves out, and a later one may not
             apart = {f"{PREFIX}.{name}@{visit.round}": whole[name] for name in message if name in absent}
@@ -275,6 +275,9 @@ class IntrinsicProjection(Plugin):
             change -= self._model.get_parameter(name).detach()
         return {**total, **changes}
 
+    def arrive(self, visits: Sequence[Visit]) -> None:
+        self._drawn = {self._which(visit) for visit in visits}
+
     def settle(self, server: nn.Module, clock: Clock) -> None:
         """The server's weights are θ₀ + Σ_k A_k·Σ_k, rounded once."""
         with torch.no_grad():
@@ -301,6 +304,15 @@ class IntrinsicProjection(Plugin):
     @property
     def _each_step(self) -> bool:
         return self._alone or self.space == "subspace"
+
+    @property
+    def _newest(self) -> int:
+        """The first span that has all parameters that any had: who knows its start knows theirs."""
+        seen, newest = set[str](), 0
+        for span in () if self.known_start else self._spans:
+            newest = newest if seen.issuperset(span.names) else span.number
+            seen.update(span.names)
+        return newest
 
     def _covered(self) -> dict[str, nn.Parameter]:
         """The parameters that train now, by name, whether or not the client at hand leaves some of them out."""

@@ -132,7 +132,7 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Whether the lock could be had: not of a folder that a living process has, or that is none."""
     try:
         descriptor = _hold(folder, wait)
-    except (BlockingIOError, NotADirectoryError, FileNotFoundError):
+    except (BlockingIOError, NotADirectoryError, FileNotFoundError, PermissionError):  # the last: another user's
         yield False
         return
     try:

@@ -14,6 +14,8 @@ from featherlight.plugins.quantization import most, pack, quantised, unpack
 from featherlight.plugins.seeds import derive
 
 PREFIX = "intrinsic"
+ENTRY = 72
+"""Bytes that a message takes to say an entry's name, type, shape and place, about."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Span:
         return taken, torch.cat([scale.view(1).view(torch.uint8), pack(numbers + most(bits), bits)])
 
     def keep(self, which: int, round: int, code: Tensor, bits: int) -> None:
-        """Note a quantised step; so many are kept as together are fewer bytes than Σ in float32."""
+        """Note a quantised step; so many are kept as have together fewer bits a number than Σ in float32."""
         self.codes = torch.cat([self.codes.view(-1, len(code)) if len(self.codes) else code[None, :][:0], code[None, :]])
         self.steps.append([which, round])
         own = [place for place, (of, _) in enumerate(self.steps) if of == which]
@@ -90,9 +92,11 @@ class Span:
             part = f"{PREFIX}.{self.number}.{which}"
             name = f"{part}@{changed}"
             sums[name] = sent[name] = self.sums[which].float()
+            if name in kept or not self.dropped:
+                continue
             has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
-            steps = None if name in kept else self.since(which, has)
-            if steps is not None:
+            steps = self.since(which, has)
+            if steps is not None and sum(len(code) + ENTRY for code in steps.values()) < 4 * len(self.sums[which]):
                 sent[name] = sums[name].new_zeros(0)
                 sent |= {f"{part}+{round}": code for round, code in steps.items()}
         return sums, sent

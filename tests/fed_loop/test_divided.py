@@ -339,6 +339,24 @@ def test_where_all_fail_together_nobody_is_forgotten(points, federation, same):
     same(module.state_dict(), before)
 
 
+def test_where_all_copies_fail_in_a_replay_nobody_is_forgotten(points, federation):
+    """As above, of a rear for each client, in a round in which no device works; the next one trains on what was kept."""
+
+    class Scaled(Unnormed):
+        scale = 1.0
+
+        def training_step(self, batch, batch_idx):
+            return self.scale * super().training_step(batch, batch_idx)
+
+    class Rescale(Plugin):
+        def settle(self, server, clock):
+            server.scale = 1e38 if clock.period == 0 else 1.0
+
+    module = Scaled()
+    result = federation(3).run(module, points([8, 8]), [divided("blocks.0", bits=WHOLE, replay_period=3), Rescale()])
+    assert [(row["clients"], row["rejected"], row["stored_clients"]) for row in result.history] == [(2, 0, 2), (0, 2, 2), (2, 0, 2)]
+
+
 def test_where_nothing_arrives_the_server_stays(net, points, federation, same):
     data, module, before = points([8]), net(), net().state_dict()
     data.clients[0][0].fill_(float("nan"))

@@ -5,7 +5,7 @@ import torch
 
 from featherlight.fed_loop.cohort import dropouts, steps_done
 from featherlight.fed_loop.predict import predict
-from featherlight.plugins import LayerFreezing, PartitionedTraining, TopK
+from featherlight.plugins import IntrinsicProjection, LayerFreezing, PartitionedTraining, TopK
 
 SIZES = [6, 10, 14, 3, 7]
 
@@ -66,6 +66,20 @@ def test_download_and_part_of_the_work_are_counted(plugins, net, points, federat
     assert first["bytes_up"] == all_of_it["bytes_up"] * 3 / 5
     flops = [row["flops_forward"] for row in (some.cost.rows()[0], whole.cost.rows()[0])]
     assert flops[0] < flops[1]
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_subspaces_of_those_who_dropped_out_did_not_change(bits, net, points, federation, cost_of):
+    """A prediction knows who drops out, and that nobody is sent what only they drew."""
+    settings = federation(6, seed=5, dropout=0.5, cohort=3)
+    told = [
+        cost_of(cost)["total"]["bytes_down"]
+        for cost in (
+            predict(settings, net, points(SIZES), [IntrinsicProjection(40, subspaces=4, down_bits=bits)]),
+            settings.run(net(), points(SIZES), [IntrinsicProjection(40, subspaces=4, down_bits=bits)]).cost,
+        )
+    ]
+    assert told[0] == told[1]
 
 
 def test_what_was_not_sent_is_not_forgotten(net, points, federation):

@@ -237,8 +237,9 @@ def test_subspaces_serve_what_changed(draw):
 def test_a_prediction_knows_what_was_drawn():
     """Without updates, from which a server would see it."""
     plugin = attached(dim=2, subspaces=4)
-    for client in (0, 1):
+    for client in (0, 1, 2):
         plugin.encode_down(server_of(plugin), Visit(0, client))
+    plugin.arrive([Visit(0, client) for client in (0, 1)])  # the third dropped out
     served = vectors(plugin.encode_down(server_of(plugin), Visit(1, 0), ["intrinsic.start@0"]))
     assert served == [f"intrinsic.0.{k}@0" for k in sorted({plugin._which(Visit(0, client)) for client in (0, 1)})]
 
@@ -296,10 +297,12 @@ def test_a_client_that_was_away_gets_a_vector_for_every_span():
     missing = [name for name in vectors(served) if name not in kept[1]]
     assert missing == [f"intrinsic.{span}.0@{span}" for span in range(4)]
     assert not set(NAMES) & set(served)
+    plugin.arrive([Visit(4, 1)])
     whole = plugin.encode_down(server_of(plugin), Visit(5, 1), kept[1])  # 5 · 3 > 14
     assert set(NAMES) <= set(whole)
     assert vectors(whole) == []
     assert {f"intrinsic.{span}.0@{span}" for span in range(5)} <= set(whole)  # it need not be sent them later
+    plugin.arrive([Visit(5, 1)])
     after = [name for name in whole if name.startswith("intrinsic.")]
     assert [name for name in vectors(plugin.encode_down(server_of(plugin), Visit(6, 1), after)) if name not in after] == ["intrinsic.5.0@5"]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from featherlight.fed_loop.wire import pack
 from featherlight.plugins import Clock, IntrinsicProjection, Visit
 from featherlight.plugins.subspaces import Span, step_bytes, step_of
 
@@ -55,9 +56,9 @@ def test_kept_steps_are_fewer_bytes_than_the_sum(bits, most):
 
 
 def test_who_is_sent_steps_and_who_the_sum():
-    """8 bits: of four steps, that together are as long as Σ, the oldest is kept no more."""
-    model = nn.Linear(6, 5, bias=False)
-    plugin = IntrinsicProjection(16, down_bits=8)
+    """8 bits of 200 numbers: three steps, with their names, are longer than Σ, 800 bytes."""
+    model = nn.Linear(20, 20, bias=False)
+    plugin = IntrinsicProjection(200, down_bits=8)
     plugin.attach(model)
     kept = {client: [] for client in range(3)}
     sent = {}
@@ -67,13 +68,30 @@ def test_who_is_sent_steps_and_who_the_sum():
             message = plugin.encode_down({"weight": model.weight.detach()}, Visit(round, client), kept[client])
             sent[round, client] = {name: len(value) for name, value in message.items() if name not in kept[client] and value.numel()}
             kept[client] = list(message)
-        lifted = plugin.lift({"intrinsic.z": torch.randn(16, dtype=torch.float64)}, Clock(round))
+        lifted = plugin.lift({"intrinsic.z": torch.randn(200, dtype=torch.float64)}, Clock(round))
         with torch.no_grad():
             model.weight.add_(lifted["weight"])
         plugin.settle(model, Clock(round))
-    code = step_bytes(16, 8)
+    code = step_bytes(200, 8)
     assert all(not sent[0, client] for client in range(3))
     assert [sent[round, 0] for round in range(1, 6)] == [{f"intrinsic.0.0+{round - 1}": code} for round in range(1, 6)]
-    assert sent[3, 1] == {f"intrinsic.0.0+{round}": code for round in (0, 1, 2)}
+    assert sent[3, 1] == {"intrinsic.0.0@2": 200}
     assert sent[5, 1] == {f"intrinsic.0.0+{round}": code for round in (3, 4)}
-    assert sent[5, 2] == {"intrinsic.0.0@4": 16}
+    assert sent[5, 2] == {"intrinsic.0.0@4": 200}
+
+
+@pytest.mark.parametrize("dim", [8, 100, 200, 512, 4096])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_steps_are_sent_only_where_they_are_less_as_serialised(bits, dim):
+    """Names and headers counted, to a few dozen bytes of header."""
+    zeros = torch.zeros(1, dim, dtype=torch.float64)
+    own = Span(0, ["w"], 9999, torch.zeros(1), zeros.clone(), zeros[:0], [-1], zeros.clone(), dropped=[-1])
+    own.sums += 1
+    used = 0
+    for round in range(12):
+        own.keep(0, round, own.quantise(0, torch.randn(dim, dtype=torch.float64), bits)[1], bits)
+        own.changed[0] = round
+        sums, sent = own.owed(())
+        used += len(sent) > 1
+        assert len(pack(sent)) <= len(pack(sums)) + 64
+    assert used == 0 if dim == 8 else used > 0 if dim >= 512 else True
