@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -237,7 +238,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         panel.set_ylabel(f"{name} (%)")
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False)
-    figure.suptitle(f"{title}; dotted: a hundredth of FedAvg's bytes, two points below it", fontsize=9)
+    told = f"{title}; dotted: a hundredth of FedAvg's bytes, two points below it"
+    figure.suptitle("\n".join(textwrap.wrap(told, 110 * len(names))), fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
