@@ -6,6 +6,7 @@ How requests and replies travel is a :class:`Carrier`'s business; what they carr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -123,6 +124,14 @@ class Belongings:
         return own
 
 
+@dataclass
+class Sent:
+    """What a client was sent in a round: bytes in all, and what it keeps of it."""
+
+    length: int = 0
+    keeps: dict[str, int] = field(default_factory=dict)
+
+
 class Carrier(Protocol):
     """Takes requests to clients, and brings replies."""
 
@@ -162,10 +171,10 @@ class AwayRounds:
         self._serving.begin_round()
         by_client, remembered = {visit.client: visit for visit in visits}, dict(memories)
         limit = 2**20 + 2 * sum(value.numel() * value.element_size() for value in server.values())
-        asked, keeps = list(visits), dict[int, dict[str, int]]()
+        asked, sent = list(visits), {visit.client: Sent() for visit in visits}
         for attempt in range(2):
             again: list[Visit] = []
-            for reply in self._carrier.exchange(self._request(visit, server, ledger, remembered, keeps) for visit in asked):
+            for reply in self._carrier.exchange(self._request(visit, server, ledger, remembered, sent[visit.client]) for visit in asked):
                 visit, turn = by_client[reply.turn.client], reply.turn
                 if reply.lost and not attempt:
                     ledger.visited(visit.client, {})
@@ -174,26 +183,25 @@ class AwayRounds:
                     continue
                 if reply.lost:
                     turn.rejected = "it keeps nothing from one message to the next"
-                yield self._arrived(reply, visit, keeps[visit.client], limit)
+                yield self._arrived(reply, visit, sent[visit.client], limit)
             asked = again
 
-    def _request(
-        self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], keeps: dict[int, dict[str, int]]
-    ) -> Request:
+    def _request(self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], sent: Sent) -> Request:
         trainee = self._trainees.of(visit)
         holds = ledger.held(visit.client)
         offer = self._serving.offer(trainee, trainee.plan(visit), visit, server, ledger)
-        keeps[visit.client] = offer.kept
+        sent.length, sent.keeps = sent.length + len(offer.payload), offer.kept
         memory = int(memories[visit.client]["round"]) if visit.client in memories else NONE_YET
         share = self._settings.dropout
         progress = dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
         return Request(visit, offer.payload, holds, offer.kept, memory, progress)
 
-    def _arrived(self, reply: Reply, visit: Visit, keeps: dict[str, int], limit: int) -> tuple[Turn, Message, Message]:
+    def _arrived(self, reply: Reply, visit: Visit, sent: Sent, limit: int) -> tuple[Turn, Message, Message]:
         turn, payload = reply.turn, reply.payload
-        turn.cost.bytes_up = len(payload)
-        if turn.steps:  # of a turn that failed nobody knows what the client has
-            turn.kept = keeps
+        turn.cost.bytes_down, turn.cost.bytes_up, turn.server = sent.length, len(payload), None
+        turn.kept = sent.keeps if turn.steps else {}  # of a turn that failed nobody knows what the client has
+        if not (turn.dropped_out or math.isfinite(turn.loss)):
+            turn.rejected = turn.rejected or "loss is not finite"
         if turn.dropped_out or turn.rejected:
             return turn, {}, {}
         self._trainees.of(visit).plan(visit)  # others have had their turns since

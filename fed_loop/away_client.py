@@ -44,7 +44,7 @@ class AwayClient:
         self._chain.attach(module)
         self._trainees = Trainees.on(self._processes.fabric, module, self._chain, blank, targets, settings.clip)
         self._own = self._trainees.own
-        self._first = {name: value.detach().clone() for name, value in self._own.live.items()} if self._chain.rebuilds else {}
+        self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._own.live.items()} if self._chain.rebuilds else {}
         self._taking = Taking(self._processes.fabric, data)
 
     def take(self, request: Request, own: Belongings) -> tuple[Reply, Belongings]:
