@@ -106,7 +106,7 @@ class Run:
         with self.processes.together():
             done = saved.resume() if resume else saved.start_clean()
         self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
-        with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
+        with self.report.rounds(done, self.processes.rank == 0), Interrupts(listen=self.carrier is None) as self._interrupts:
             for round in range(done, self.settings.rounds):
                 self._whole = True
                 try:

@@ -81,17 +81,17 @@ def gather(grid: Grid, count: int, ours: Mapping[str, str], wait: float) -> list
         ValueError: some do not come within ``wait`` seconds, or are of another federation, or two are one client.
     """
     asked: set[int] = set()
-    waiting: set[str] = set()
+    waiting: dict[str, int] = {}
     clients: dict[int, dict[str, Any]] = {}
     until = time.monotonic() + wait
     while len(clients) < count:
         for node in grid.get_node_ids():
             if node not in asked:
                 asked.add(node)
-                waiting |= set(grid.push_messages([Message(written("{}"), node, "query")]))
+                waiting |= {sent: node for sent in grid.push_messages([Message(written("{}"), node, "query")]) if sent}
         for answer in grid.pull_messages(list(waiting)) if waiting else ():
-            waiting.remove(answer.metadata.reply_to_message_id)
-            told = {**json.loads(_content(answer)[0]), "node": answer.metadata.src_node_id}
+            node = waiting.pop(answer.metadata.reply_to_message_id)
+            told = {**json.loads(_content(node, answer)[0]), "node": node}
             client = int(told["client"])
             if not 0 <= client < count:
                 raise ValueError(f"a SuperNode says that it is client {client}; the configuration has clients 0 to {count - 1}")
@@ -99,21 +99,21 @@ def gather(grid: Grid, count: int, ours: Mapping[str, str], wait: float) -> list
                 raise ValueError(f"two SuperNodes say that they are client {client}: give each a partition-id of its own")
             check_same(client, told["same"], ours)
             clients[client] = told
-        if time.monotonic() > until:
-            missing = [client for client in range(count) if client not in clients]
+        missing = [client for client in range(count) if client not in clients]
+        if missing and time.monotonic() > until:
             raise ValueError(f"clients {missing} did not come within {wait:g} seconds: start their SuperNodes, or wait longer (wait=…)")
         time.sleep(PAUSE)
     return [clients[client] for client in range(count)]
 
 
-def _content(answer: Message) -> tuple[str, bytes]:
+def _content(node: int, answer: Message) -> tuple[str, bytes]:
     """Of a reply.
 
     Raises:
         ValueError: it is an error.
     """
     if answer.has_error():
-        raise ValueError(f"SuperNode {answer.metadata.src_node_id}: {answer.error.reason}")
+        raise ValueError(f"SuperNode {node}: {answer.error.reason}")
     return read(answer.content)
 
 
@@ -149,7 +149,7 @@ class Carried:
 
     def _reply(self, client: int, answer: Message) -> Reply:
         try:
-            reply = Reply.of(*_content(answer))
+            reply = Reply.of(*_content(self._nodes[client], answer))
         except (ValueError, KeyError, TypeError) as error:
             return Reply.failed(client, str(error))
         return reply if reply.turn.client == client else Reply.failed(client, f"it answered for client {reply.turn.client}")

@@ -92,9 +92,9 @@ class Deployment:
         self.start(f"node-{number}", *self.node(key, port), "--node-config", f"partition-id={number}")
 
     def try_node(self, key):
-        """A SuperNode that ends by itself, since its key is not known."""
-        command = [*self.node(key, *free_ports(1)), "--max-retries", "0"]
-        return subprocess.run(command, env=self.environment("stranger"), cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE)
+        """The exit code of a SuperNode whose key is not known, and what it said."""
+        self.start("stranger", *self.node(key, *free_ports(1)))
+        return self.processes["stranger"].wait(PATIENCE), (self.folder / "stranger.log").read_text()
 
     def run(self, app, *options):
         """Start a run."""
@@ -124,8 +124,22 @@ class Deployment:
                 process.wait(max(0.1, end - time.monotonic()))
         for process in self.processes.values():
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children, too: each has the group of its own
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        while self.started() and time.monotonic() < end + 5:  # children see within moments that their parents are gone
+            time.sleep(0.2)
+        for number in self.started():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+    def started(self):
+        """Processes that belong here, in sessions of their own, too: those whose Flower folder is one of ours."""
+        mark, found = f"FLWR_HOME={self.folder / 'homes'}".encode(), []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if mark in path.read_bytes():
+                    found.append(int(path.parent.name))
+        return found
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install feather
 from cryptography import x509
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 from featherlight.cli import main
 from featherlight.commands.federate import federate
@@ -21,6 +22,12 @@ from featherlight.fed_loop import checkpoint
 from featherlight.flower import client_app, server_app
 from featherlight.flower.credentials import write_credentials
 from featherlight.flower.records import read, written
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    """Who this process is: Flower's own processes are told."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
 
 
 class Handed(Grid):
@@ -101,7 +108,7 @@ def serve(tmp_path):
     return run
 
 
-FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 2}}
+FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 1}}
 WAYS = {
     "top-k": [{"class_path": "TopK", "init_args": {"k": 50}}],
     "calibration": [FREEZING, {"class_path": "ServerCalibration"}],
