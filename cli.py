@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "federate": "train over many clients: rounds, cost and features of one configuration",
     "compare": "run several configurations and set them side by side: a table and a picture",
+    "flower": "write a configuration as a Flower app: clients on many hosts",
     "cost": "what a configuration will hold, compute and send, without training it",
     "fit": "train on one machine with Lightning's Trainer",
     "validate": "evaluate a checkpoint on validation data",

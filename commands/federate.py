@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -18,6 +19,7 @@ from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.run_logs import draw_run, log_end
 from featherlight.commands.tables import cost_table, metrics_line, server_table
 from featherlight.fed_loop import Federation, Result
+from featherlight.fed_loop.away import Carrier
 from featherlight.fed_loop.whole_files import write_text
 
 
@@ -31,17 +33,26 @@ def run(command: str, arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument != "--resume"]
     result, folder, first = federate(arguments, resume=resume)
     if first:
-        console = Console()
-        console.print(cost_table(result.cost, "cost of one client in one round, by stage; total: of a client in every round"))
-        if result.cost.server is not None:
-            console.print(server_table(result.cost.server))
-        learned = result.rejected < result.turns
-        if learned:
-            console.print(metrics_line(result.metrics))
-        if result.rejected and learned:
-            console.print(f"[yellow]{result.rejected} of {result.turns} updates rejected[/]; metrics.jsonl tells in which rounds")
-        console.print(f"written to {folder}", highlight=False)
-        check_learned(result.turns, result.rejected)
+        tell(result, folder)
+
+
+def tell(result: Result, folder: Path | None) -> None:
+    """Print what a run comes to.
+
+    Raises:
+        ValueError: nothing was learned.
+    """
+    console = Console()
+    console.print(cost_table(result.cost, "cost of one client in one round, by stage; total: of a client in every round"))
+    if result.cost.server is not None:
+        console.print(server_table(result.cost.server))
+    learned = result.rejected < result.turns
+    if learned:
+        console.print(metrics_line(result.metrics))
+    if result.rejected and learned:
+        console.print(f"[yellow]{result.rejected} of {result.turns} updates rejected[/]; metrics.jsonl tells in which rounds")
+    console.print(f"written to {folder}", highlight=False)
+    check_learned(result.turns, result.rejected)
 
 
 def check_learned(turns: int, rejected: int) -> None:
@@ -57,13 +68,20 @@ def check_learned(turns: int, rejected: int) -> None:
         )
 
 
-def federate(arguments: list[str], resume: bool = False, folder: Path | None = None) -> tuple[Result, Path | None, bool]:
+Away = Callable[[Federation, Any, str], tuple[Any, Carrier]]
+"""Settings, data and the configuration as text → the data of a server whose clients live elsewhere, and who carries turns to them."""
+
+
+def federate(
+    arguments: list[str], resume: bool = False, folder: Path | None = None, away: Away | None = None
+) -> tuple[Result, Path | None, bool]:
     """Run a federated configuration.
 
     Args:
         arguments: as on the command line.
         resume: go on from the newest checkpoint.
         folder: where to write, if the configuration does not say.
+        away: finds the clients, where they live elsewhere.
 
     Returns:
         The result, the folder written to, and whether this process is the one that tells.
@@ -79,8 +97,11 @@ def federate(arguments: list[str], resume: bool = False, folder: Path | None = N
     federation = parts.federation()
     module, data, plugins, probes, loggers = parts.module(), parts.data(), parts.plugins(), parts.probes(), parts.loggers()
     text = parser.dump(config, skip_none=False, skip_check=True)
+    carrier = None
+    if away is not None:
+        data, carrier = away(federation, data, text)
     with _told_before(federation, text, given), ended(loggers):
-        result = federation.run(module, data, plugins, probes, loggers, resume=resume, configuration=yaml.safe_load(text))
+        result = federation.run(module, data, plugins, probes, loggers, resume=resume, configuration=yaml.safe_load(text), carrier=carrier)
         if federation.folder is not None and federation.is_first:
             write_text(federation.folder / "config.yaml", text)
             pictures, untold = draw_run(parts, federation, data, result)

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from featherlight.fed_loop.aggregate import MOST_CLIENTS
+from featherlight.fed_loop.away import Carrier, check_settings
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.run import Run
@@ -143,6 +144,7 @@ class Federation:
         loggers: Sequence[Logger] = (),
         resume: bool = False,
         configuration: Mapping[str, Any] | None = None,
+        carrier: Carrier | None = None,
     ) -> Result:
         """Train ``module`` in place: it ends with the server's final weights, as an ordinary module.
 
@@ -154,11 +156,15 @@ class Federation:
             loggers: Lightning loggers; they get a row of metrics each round, and once, by ``log_hyperparams``, the configuration.
             resume: go on from the newest checkpoint in ``folder`` that can be read, if there is one.
             configuration: what loggers are told that the run is; by default settings, plugins and the model's ``hparams``.
+            carrier: takes clients' turns to where each client lives (:class:`~featherlight.fed_loop.away_client.AwayClient`). Of ``data``
+                nothing is then looked at but sizes and what the server itself trains or evaluates on. Without one, turns are taken here.
 
         Raises:
             ValueError: model, plugins, data and settings do not fit together, or a checkpoint is of another run.
         """
-        run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers, configuration))
+        if carrier is not None:
+            check_settings(self)
+        run = Run(self, module, data, Chain(plugins), evaluators, Report(self, loggers, configuration), carrier)
         self.is_first = run.processes.rank == 0  # who tells, where several processes share the run
         try:
             run.begin()

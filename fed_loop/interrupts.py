@@ -9,16 +9,21 @@ from typing import Any
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM is noted, and :meth:`check` raises it as KeyboardInterrupt."""
+    """While entered, the first SIGINT or SIGTERM is noted, and :meth:`check` raises it as KeyboardInterrupt.
+
+    Args:
+        listen: whether signals are this object's at all, or another's, who ends the process as he sees fit.
+    """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, listen: bool = True) -> None:
         self.asked = False
+        self._listen = listen
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
+        if self._listen and threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
             self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
         return self
 

@@ -40,6 +40,10 @@ class Ledger:
         """Names of what ``client`` still has."""
         return self._kept.get(client, {}).keys()
 
+    def held(self, client: int) -> dict[str, int]:
+        """What ``client`` still has, with versions."""
+        return dict(self._kept.get(client, {}))
+
     def after(self, client: int, held: Iterable[str], trained: Iterable[str], known: Collection[str] | None = None) -> dict[str, int]:
         """What ``client`` keeps once it has trained: name → version.
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.away import AwayRounds, Carrier
 from featherlight.fed_loop.cohort import dropouts, sample, steps_done
+from featherlight.fed_loop.here import Clients
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.lockstep_rounds import LockstepRounds
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.stored_rounds import StoredRounds
 from featherlight.fed_loop.trainees import Trainees
-from featherlight.fed_loop.turn import Clients, Turn
-from featherlight.plugins import Clock, Message, Partition, Visit
+from featherlight.fed_loop.turn import Turn
+from featherlight.plugins import Chain, Clock, Message, Partition, Visit
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -53,8 +55,9 @@ class RoundKind(Protocol):
 class RoundKinds:
     """Finds the kind of a round."""
 
-    def __init__(self, settings: Federation, processes: Processes, trainees: Trainees, data: Any) -> None:
+    def __init__(self, settings: Federation, processes: Processes, trainees: Trainees, data: Any, carrier: Carrier | None = None) -> None:
         self._settings, self._processes, self._trainees, self._data = settings, processes, trainees, data
+        self._carrier = carrier
 
     def of(self, clock: Clock) -> RoundKind:
         """The kind of the round at ``clock``."""
@@ -69,11 +72,15 @@ class RoundKinds:
         Raises:
             ValueError: settings that do not go with the kind.
         """
-        own = self._trainees.own
-        check_partition(self._settings, own.chain.partition(Clock(0, 0)), own.module, self._data)
+        own, partition = self._trainees.own, self._trainees.own.chain.partition(Clock(0, 0))
+        check_partition(self._settings, partition, own.module, self._data)
+        if self._carrier is not None:
+            check_away(partition, own.chain)
 
     @cached_property
     def _whole(self) -> RoundKind:
+        if self._carrier is not None:
+            return AwayRounds(self._settings, self._trainees, self._data, self._carrier)
         return _Whole(self._settings, Clients(self._processes.fabric, self._trainees, self._data), self._data)
 
     @cached_property
@@ -104,6 +111,22 @@ def check_partition(settings: Federation, partition: Partition | None, module: n
 def gone_of(partition: Partition, settings: Federation, cohort: Sequence[int], round: int) -> dict[int, float]:
     """Who drops out of a round of a divided model, and how far each gets; nobody where devices rest."""
     return dropouts(cohort, settings.dropout, settings.seed, round) if partition.devices_work else {}
+
+
+def check_away(partition: Partition | None, chain: Chain) -> None:
+    """Refuse methods that clients in processes of their own cannot follow.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    for plugin in chain.plugins:
+        if plugin.stays_here:
+            raise ValueError(f"{type(plugin).__name__} does not run with clients in processes of their own: {plugin.stays_here}")
+    if partition is not None:
+        raise ValueError(
+            "a model divided between device and server does not run with clients in processes of their own: both step through a batch "
+            "together, and what they exchange has no road there yet; use the built-in loop"
+        )
 
 
 class _Whole:

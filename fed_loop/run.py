@@ -6,28 +6,26 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.optim import Optimizer
 
 from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.away import Carrier
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import LocalStep, as_weights
+from featherlight.fed_loop.local_step import as_weights
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.server_training import ServerTraining
-from featherlight.fed_loop.trainees import Trainee, Trainees
+from featherlight.fed_loop.trainees import Trainees, local_steps
 from featherlight.fed_loop.turn import LocalTraining, Turn
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
@@ -40,9 +38,17 @@ class Run:
     """One run's state. ``server``, ``ledger``, ``memories``, ``result`` and the server optimizer are what a checkpoint holds."""
 
     def __init__(
-        self, settings: Federation, module: nn.Module, data: Any, chain: Chain, evaluators: Sequence[Evaluator], report: Report
+        self,
+        settings: Federation,
+        module: nn.Module,
+        data: Any,
+        chain: Chain,
+        evaluators: Sequence[Evaluator],
+        report: Report,
+        carrier: Carrier | None = None,
     ) -> None:
         self.settings, self.module, self.data, self.chain, self.evaluators = settings, module, data, chain, evaluators
+        self.carrier = carrier
         self.processes = Processes(**settings.compute)
         self.processes.launch()
         self.report = report
@@ -62,12 +68,10 @@ class Run:
     def _set_up(self) -> None:
         settings, module, data = self.settings, self.module, self.data
         fabric = self.processes.fabric
-        step = partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=settings.clip)
-        setup = partial(_setup, fabric)
-        self.own = Trainee(module, self.chain, self.targets, step, setup)
-        self.trainees = Trainees(self.own, self.blank, step, setup)
-        self.kinds = RoundKinds(settings, self.processes, self.trainees, data)
-        self.on_server = ServerTraining(self.own, step(Chain()), data, settings.seed)
+        self.trainees = Trainees.on(fabric, module, self.chain, self.blank, self.targets, settings.clip)
+        self.own = self.trainees.own
+        self.kinds = RoundKinds(settings, self.processes, self.trainees, data, self.carrier)
+        self.on_server = ServerTraining(self.own, local_steps(fabric, settings.clip)(Chain()), data, settings.seed)
         self.live = self.own.live
         self.server = {name: value.detach().clone() for name, value in self.live.items()}
         self.optimizer_of_server = copy.deepcopy(settings.server)  # a run's state is not its settings'
@@ -110,7 +114,7 @@ class Run:
             done = 0
         self.report.configured({**saved.fingerprint(), "rounds": self.settings.rounds})
         self._tell_of_stages()
-        with self.report.rounds(done, self.processes.rank == 0), Interrupts() as self._interrupts:
+        with self.report.rounds(done, self.processes.rank == 0), Interrupts(listen=self.carrier is None) as self._interrupts:
             for round in range(done, self.settings.rounds):
                 self._whole = True
                 try:
@@ -354,8 +358,3 @@ def _of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]
     flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
     told = {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
     return told if own_turn is None else {**told, "server_loss": own_turn.loss, "calibration_rejected": int(bool(own_turn.rejected))}
-
-
-def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:
-    _, wrapped = fabric.setup(module, optimizer)
-    return wrapped

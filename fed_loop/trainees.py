@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,6 +16,16 @@ from featherlight.fed_loop.optimizers import ClientOptimizer
 from featherlight.fed_loop.plan import Plan, make_plan, may_travel, shareable
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.optimizer_state import check_covered, release
+
+
+def local_steps(fabric: Fabric, clip: float | None) -> Callable[[Chain], LocalStep]:
+    """What makes a local step for a chain."""
+    return partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=clip)
+
+
+def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:
+    _, wrapped = fabric.setup(module, optimizer)
+    return wrapped
 
 
 class Served(NamedTuple):
@@ -89,6 +101,12 @@ class Trainees:
     ) -> None:
         self.own, self._blank, self._step, self._setup = own, blank, step, setup
         self._smaller: dict[int, Trainee] = {}
+
+    @classmethod
+    def on(cls, fabric: Fabric, module: nn.Module, chain: Chain, blank: Chain, targets: dict[str, str], clip: float | None) -> Trainees:
+        """Of ``module``, to which ``chain`` is attached, on the device of ``fabric``."""
+        step, setup = local_steps(fabric, clip), partial(_setup, fabric)
+        return cls(Trainee(module, chain, targets, step, setup), blank, step, setup)
 
     def of(self, visit: Visit) -> Trainee:
         """What the client of ``visit`` trains, brought to its round."""

@@ -1,8 +1,7 @@
-"""One client's turn: receive, train, send. The same model, optimizer and loader serve every client; weights are swapped in place."""
+"""The client's half of a turn: receive, train, send. One model and optimizer may serve several clients; weights are swapped in place."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
-from featherlight.fed_loop.trainees import Served, Trainee, Trainees
-from featherlight.fed_loop.wire import pack, unpack
+from featherlight.fed_loop.trainees import Trainee
+from featherlight.fed_loop.wire import pack
 from featherlight.plugins import Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
@@ -84,77 +82,46 @@ class LocalTraining:
         return samples
 
 
-class Clients:
-    """Trains one client after the other on one device."""
+class Taking:
+    """The client's half of a turn: load what came, train, make the update. It knows no server."""
 
-    def __init__(self, fabric: Fabric, trainees: Trainees, data: Any) -> None:
-        self._fabric, self._trainees = fabric, trainees
+    def __init__(self, fabric: Fabric, data: Any) -> None:
+        self._fabric = fabric
         self._training = LocalTraining(fabric, data)
         self.meters = Meters()
 
-    def begin_round(self) -> None:
-        self._last: tuple[tuple[str, ...], int, Message] | None = None
-
-    def train(
-        self, visit: Visit, batches: Iterable[Any], server: Message, ledger: Ledger, memory: Message, arrives: bool = True
-    ) -> tuple[Turn, Message, Message]:
-        """Train the client of ``visit`` from the server's entries.
+    def take(
+        self, trainee: Trainee, plan: Plan, visit: Visit, batches: Iterable[Any], values: Mapping[str, Tensor], memory: Message, turn: Turn
+    ) -> tuple[bytes, Message]:
+        """Train the client of ``visit``.
 
         Args:
+            values: of all that ``plan`` says is received: what came, decoded, and what the client has kept.
             memory: what plugins kept at the end of the client's last turn.
-            arrives: whether its update does, or the client drops out after ``batches``.
+            turn: is told of the turn, and says what has come down, and since when; where the client drops out, it makes no update.
 
         Returns:
-            The turn's report; the client's update as it arrived at the server: new values, or, where plugins change what travels,
-            differences as decoding gave them; and what plugins keep for the client's next turn.
+            The update, serialised: new values, or what plugins made of differences; and what plugins keep for the client's next turn.
         """
-        started = time.perf_counter()
-        trainee = self._trainees.of(visit)
-        chain = self._trainees.own.chain
-        plan = trainee.plan(visit)
-        trainee.chain.recall({name: value.to(self._fabric.device) for name, value in memory.items()}, visit)
-        served = self._trainees.serve(trainee, server, plan, visit, ledger.kept(visit.client))
-        turn = Turn(visit.client, kept=ledger.after(visit.client, served.lasting, plan.sent, server.keys()))
-        bytes_down = self._receive(trainee, plan, visit, served, server, ledger)
-        before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
-        trainee.chain.receive(visit)
-        plan = plan.beside(trainee.chain.copies())
-        samples = self._training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
-        if not arrives:
-            turn.rejected, turn.dropped_out = "", True
-            turn.cost = self.meters.turn_cost(plan, samples, bytes_down, 0, time.perf_counter() - started)
-            return turn, {}, {}
-        payload = self._send(trainee, plan, before, visit)
-        update = unpack(payload, limit=len(payload))
-        kept = {name: value.detach().to("cpu", copy=True) for name, value in trainee.chain.remember(visit).items()}
-        if chain.decodes:
-            update = self._decode(turn, update, visit)
-        turn.cost = self.meters.turn_cost(plan, samples, bytes_down, len(payload), time.perf_counter() - started)
-        return turn, update, kept
-
-    def _decode(self, turn: Turn, update: Message, visit: Visit) -> Message:
-        """The update as the server reads it; one that it cannot read is rejected."""
-        try:
-            return dict(self._trainees.own.chain.decode(update, visit))
-        except ValueError as error:
-            turn.rejected = turn.rejected or str(error)
-            return {}
-
-    def _receive(self, trainee: Trainee, plan: Plan, visit: Visit, served: Served, server: Message, ledger: Ledger) -> int:
-        """Load what the client still holds and what it is sent; returns the length of the message."""
-        names = tuple(ledger.to_send(visit.client, served.wanted, served.made))
-        if served.made or self._last is None or self._last[0] != names:  # the same message for several clients is made and read once
-            payload = pack({name: served.entries[name] for name in names})
-            self._last = names, len(payload), unpack(payload)
-        _, length, received = self._last
-        received = trainee.chain.decode_down(received, visit)
+        chain = trainee.chain
+        chain.recall({name: value.to(self._fabric.device) for name, value in memory.items()}, visit)
         with torch.no_grad():
-            values = [received[name] if name in received else server[name] for name in plan.received]
-            torch._foreach_copy_(list(plan.received.values()), values)
+            torch._foreach_copy_(list(plan.received.values()), [values[name] for name in plan.received])
         follow(trainee.module, trainee.targets)
-        return length
+        before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
+        chain.receive(visit)
+        plan = plan.beside(chain.copies())
+        samples = self._training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
+        payload, kept = b"", Message()
+        if turn.dropped_out:
+            turn.rejected = ""
+        else:
+            payload = self._update(trainee, plan, before, visit)
+            kept = {name: value.detach().to("cpu", copy=True) for name, value in chain.remember(visit).items()}
+        turn.cost = self.meters.turn_cost(plan, samples, turn.cost.bytes_down, len(payload))
+        return payload, kept
 
-    def _send(self, trainee: Trainee, plan: Plan, before: Mapping[str, Tensor], visit: Visit) -> bytes:
+    def _update(self, trainee: Trainee, plan: Plan, before: Mapping[str, Tensor], visit: Visit) -> bytes:
         """New values as they are, or, where plugins change what travels, what they make of the differences."""
         if not before:
             return pack(plan.sent)

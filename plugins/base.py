@@ -83,6 +83,9 @@ class Plugin:
     starts_elsewhere: ClassVar[bool] = False
     """Whether :meth:`receive` moves the model away from what was received. Of a chain, such a plugin's turn comes after the others'."""
 
+    stays_here: ClassVar[str] = ""
+    """Why clients cannot use this method in processes of their own, where the server's instance is not; nothing where they can."""
+
     @property
     def remakes(self) -> bool:
         """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""
@@ -178,6 +181,16 @@ class Plugin:
     def decode_down(self, message: Message, visit: Visit) -> Message:
         """The client's side, on arrival, in the opposite order of :meth:`encode_down`."""
         return message
+
+    def rebuild(self, message: Message, before: Message, visit: Visit) -> Message:
+        """In place of :meth:`decode_down`, for a client that lives in a process of its own: where a method sends less than the entries
+        because clients have the rest, what they make of both. (Where the server's entries lie in the same memory, they are taken.)
+
+        Args:
+            before: the model's entries as this client had them, brought up to date, in its last turn, or, before its first, as every client
+                makes the model; blocks that it leaves out included.
+        """
+        return self.decode_down(message, visit)
 
     def encode(self, message: Message, visit: Visit) -> Message:
         """A client's side: select, project or quantise the entries of its update."""

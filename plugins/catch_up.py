@@ -100,6 +100,16 @@ class CatchUp:
         """Without what was brought up to date: every client's copy of it is the server's."""
         return {name: value for name, value in message.items() if not name.startswith(f"{self._prefix}.")}
 
+    def rebuild(self, message: Message, before: Mapping[str, Tensor]) -> Message:
+        """What a client makes of a message that knows nothing of the server: the model that it had ``before``, brought up to date."""
+        rest, news = self.decode_down(message), {name.partition("@")[0]: value for name, value in message.items()}
+        values = torch.cat([before[name].flatten() for name in self._names])
+        values = news.get(f"{self._prefix}.all", values)
+        if f"{self._prefix}.changed" in news:
+            indices, new = news[f"{self._prefix}.changed"].long(), news[f"{self._prefix}.new"]
+            values = values.index_put((indices.to(values.device),), new.to(values))
+        return {**rest, **self.split(values)}
+
     # -- changes, flat ----------------------------------------------------------------------------------------------
     def flat(self, message: Mapping[str, Tensor]) -> Tensor:
         """Changes of what trains now, (D,); 0 for what this client leaves out.

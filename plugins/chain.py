@@ -50,6 +50,11 @@ class Chain(Plugin):
         return any(overrides(plugin, "encode_down") for plugin in self.plugins)
 
     @property
+    def rebuilds(self) -> bool:
+        """Whether a client in a process of its own must keep the model that it received."""
+        return any(overrides(plugin, "rebuild") for plugin in self.plugins)
+
+    @property
     def remembers(self) -> bool:
         """Whether a client keeps anything from one turn to the next."""
         return any(overrides(plugin, "remember") for plugin in self.plugins)
@@ -192,6 +197,11 @@ class Chain(Plugin):
     def decode_down(self, message: Message, visit: Visit) -> Message:
         for plugin in reversed(self.plugins):
             message = plugin.decode_down(message, visit)
+        return message
+
+    def rebuild(self, message: Message, before: Message, visit: Visit) -> Message:
+        for plugin in reversed(self.plugins):
+            message = plugin.rebuild(message, before, visit)
         return message
 
     def encode(self, message: Message, visit: Visit) -> Message:

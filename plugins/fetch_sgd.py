@@ -71,10 +71,20 @@ class FetchSGD(Plugin):
     # -- the server -------------------------------------------------------------------------------------------------
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
         self._begin_round(visit)
-        return self._server.encode_down(message, visit, kept, self.k, together=True)
+        message = self._server.encode_down(message, visit, kept, self.k, together=True)
+        if self._begun:  # a client that was not there when the sketches began anew draws the same ones
+            message[f"{PREFIX}.since{self._begun}@{visit.round}.{visit.client}"] = next(iter(message.values())).new_zeros(0)
+        return message
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         return self._server.decode_down(message)
+
+    def rebuild(self, message: Message, before: Message, visit: Visit) -> Message:
+        self._seed, self._sketch = visit.seed, None
+        self._server.begin(visit)
+        since = (name.partition("@")[0].removeprefix(f"{PREFIX}.since") for name in message if name.startswith(f"{PREFIX}.since"))
+        self._begun = int(next(since, 0))
+        return self._server.rebuild(message, before)
 
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         self._server.told(clock.period)

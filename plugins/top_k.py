@@ -78,6 +78,10 @@ class TopK(Plugin):
     def decode_down(self, message: Message, visit: Visit) -> Message:
         return self._server.decode_down(message)
 
+    def rebuild(self, message: Message, before: Message, visit: Visit) -> Message:
+        self._server.begin(visit)
+        return self._server.rebuild(message, before)
+
     def decode(self, message: Message, visit: Visit) -> Mapping[str, Any]:
         """As if the client had sent zeros for the rest.
 

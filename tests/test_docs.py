@@ -9,8 +9,10 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,8 @@ def featherlight(command, rest, long, folder):
         for file in files:
             parsed("federate", ["-c", file])
         return None
+    if command == "flower" and importlib.util.find_spec("flwr") is None:
+        return parsed("federate", rest[: rest.index("--app")])
     if long:
         return parsed("fit" if command == "fit" else "federate", rest)
     return cli.main([command, *rest, *SHORT.get(command, [])])
@@ -84,6 +88,16 @@ def python(rest):
         assert f'"{option}"' in source or f"{option.removeprefix('--')}=" in source, f"{rest[0]} has no option {option}"
 
 
+def flower(command, rest):
+    """A command of Flower's, which another machine may be needed for: it has the options that are given."""
+    if shutil.which(command) is None:
+        return
+    words = [word for word in rest[:2] if command == "flwr" and re.fullmatch("run|supernode|register", word)]
+    said = subprocess.run([command, *words, "--help"], capture_output=True, text=True, timeout=120).stdout
+    assert words or command != "flwr"
+    assert not [word for word in rest if word.startswith("--") and word not in said]
+
+
 def installed(rest):
     """What pip is asked for is this project, with extras that it has."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -105,6 +119,7 @@ def run_line(line, folder):
             featherlight(rest[0], rest[1:], bool(LONG.search(line)), folder)
         else:
             known = {"python": python, "pip": installed}
+            known |= {name: partial(flower, name) for name in ("flwr", "flower-superlink", "flower-supernode")}
             if command not in known:
                 assert command in ("pytest", "ruff", "mypy", "sphinx-build", "git", "cd", "wandb", ".ci/run"), (
                     f"{command}: the tests do not know it"
@@ -132,6 +147,7 @@ SYBIL = Sybil(
         CodeBlockParser("python", PythonEvaluator()),
         CodeBlockParser("bash", run_commands),
         CodeBlockParser("yaml", write_configuration),
+        CodeBlockParser("toml", lambda example: tomllib.loads(example.parsed) and None),
     ]
 )
 DOCUMENTS = {str(path.relative_to(ROOT)): SYBIL.parse(path) for path in PAGES}
@@ -153,7 +169,7 @@ def test_no_block_is_passed_over():
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
         assert len(fences) % 2 == 0
         languages = set(fences[::2])
-        assert languages <= {"python", "bash", "yaml", "{toctree}", "{eval-rst}"}, f"{path.name}: {languages}"
+        assert languages <= {"python", "bash", "yaml", "toml", "{toctree}", "{eval-rst}"}, f"{path.name}: {languages}"
         indented = re.findall(r"^    (?:featherlight|python|pip|pytest) .*", path.read_text(), re.MULTILINE)
         assert not indented, f"{path.name}: put {indented[0].strip()} into a block of bash, which is tested"
 

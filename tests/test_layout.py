@@ -13,7 +13,7 @@ import pytest
 import featherlight
 
 ROOT = Path(featherlight.__file__).parent
-PARTS = ("plugins", "callbacks", "ssl_models", "fed_loop", "commands", "configs")
+PARTS = ("plugins", "callbacks", "ssl_models", "fed_loop", "commands", "flower", "configs")
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "build", "dist", "runs"}
 
 
@@ -71,6 +71,7 @@ ALLOWED = {
     "callbacks": {"plugins", "callbacks"},
     "fed_loop": {"plugins", "fed_loop"},
     "ssl_models": {"plugins", "ssl_models"},
+    "flower": {"plugins", "fed_loop", "commands", "flower"},
 }
 
 
@@ -127,7 +128,7 @@ def test_help_answers_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("fit", "validate", "test", "federate", "cost", "compare"):
+    for command in ("fit", "validate", "test", "federate", "flower", "cost", "compare"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), f"--help does not tell of {command}"
 
 
@@ -141,6 +142,7 @@ METHODS = re.compile(
 )
 HOSTS = [
     *sources("fed_loop"),
+    *sources("flower"),
     *(ROOT / "callbacks" / f"{name}.py" for name in ("cost_monitor", "fresh_start", "host", "parallel", "saved")),
 ]
 

@@ -1,0 +1,215 @@
+"""Turns that clients take elsewhere, each in a process of its own with data of its own: what goes there, what comes back, what stays.
+
+How requests and replies travel is a :class:`Carrier`'s business; what they carry is the very bytes that are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.cohort import dropouts, sample
+from featherlight.fed_loop.ledger import Ledger
+from featherlight.fed_loop.serving import Serving
+from featherlight.fed_loop.trainees import Trainees
+from featherlight.fed_loop.turn import Turn
+from featherlight.fed_loop.wire import pack, unpack
+from featherlight.plugins import Message, Visit
+
+if TYPE_CHECKING:
+    from featherlight.fed_loop.federation import Federation
+
+NONE_YET = -1
+"""In place of a round, where a client remembers nothing."""
+
+
+class Request(NamedTuple):
+    """What a client is asked to do: one turn.
+
+    Args:
+        payload: the message down, as counted.
+        holds: what the client still has, by the server's ledger, with versions; keeps: what it keeps behind its turn.
+        memory: the round at whose end it made the memory that counts, or :data:`NONE_YET`.
+        progress: how far it gets, from 0 to 1, if it is to drop out.
+    """
+
+    visit: Visit
+    payload: bytes
+    holds: dict[str, int]
+    keeps: dict[str, int]
+    memory: int = NONE_YET
+    progress: float | None = None
+
+    def header(self) -> str:
+        """All but the payload, as JSON."""
+        return json.dumps({name: value for name, value in self._asdict().items() if name != "payload"})
+
+    @classmethod
+    def of(cls, header: str, payload: bytes) -> Request:
+        """From :meth:`header`."""
+        told = json.loads(header)
+        return cls(**{**told, "visit": Visit(*told["visit"]), "payload": payload})
+
+
+class Reply(NamedTuple):
+    """What comes back.
+
+    Args:
+        turn: the turn's report; payload: the update, as counted.
+        lost: the client has not what the request says that it holds (it was started anew), and has done nothing.
+    """
+
+    turn: Turn
+    payload: bytes = b""
+    lost: bool = False
+
+    def header(self) -> str:
+        """All but the payload, as JSON."""
+        return json.dumps({"turn": self.turn.to_json(), "lost": self.lost})
+
+    @classmethod
+    def of(cls, header: str, payload: bytes) -> Reply:
+        """From :meth:`header`."""
+        told = json.loads(header)
+        return cls(Turn.from_json(told["turn"]), payload, bool(told["lost"]))
+
+    @classmethod
+    def failed(cls, client: int, why: str) -> Reply:
+        """In place of one that will not come."""
+        return cls(Turn(client, rejected=why or "its turn failed"))
+
+
+@dataclass
+class Belongings:
+    """What a client has between its turns; it never leaves it.
+
+    Args:
+        kept: entries that the server need not send again, with ``versions``.
+        received: the model as it came last, where a method counts on it.
+        memories: what plugins remember, by the round at whose end: of the last turn, and of the last one before it that the server took.
+    """
+
+    kept: Message = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    received: Message = field(default_factory=dict)
+    memories: dict[int, Message] = field(default_factory=dict)
+
+    def packed(self) -> bytes:
+        """As bytes."""
+        named: Message = {f"kept/{self.versions[name]}/{name}": value for name, value in self.kept.items()}
+        named |= {f"received//{name}": value for name, value in self.received.items()}
+        for round, memory in self.memories.items():
+            named |= {f"memory/{round}/{name}": value for name, value in memory.items()} | {f"memory/{round}/": torch.zeros(0)}
+        return pack({name: value.clone() for name, value in named.items()})  # what came together may share memory
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Belongings:
+        """From :meth:`packed`."""
+        own = cls()
+        for full, value in unpack(data).items():
+            kind, number, name = full.split("/", 2)
+            if kind == "received":
+                own.received[name] = value
+            elif kind == "kept":
+                own.kept[name], own.versions[name] = value, int(number)
+            else:
+                memory = own.memories.setdefault(int(number), {})
+                memory |= {name: value} if name else {}
+        return own
+
+
+@dataclass
+class Sent:
+    """What a client was sent in a round: bytes in all, and what it keeps of it."""
+
+    length: int = 0
+    keeps: dict[str, int] = field(default_factory=dict)
+
+
+class Carrier(Protocol):
+    """Takes requests to clients, and brings replies."""
+
+    def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """A reply for every request, in any order; :meth:`Reply.failed` where none comes."""
+
+
+def check_settings(settings: Federation) -> None:
+    """Refuse what does not go with clients elsewhere.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if settings.evaluate_clients:
+        raise ValueError("evaluate_clients=True: clients in processes of their own are sent models to train, not to evaluate: leave it out")
+    devices, nodes = settings.compute["devices"], settings.compute["num_nodes"]
+    if devices not in (1, "1") or nodes > 1:
+        raise ValueError(
+            f"devices={devices}, num_nodes={nodes}: where clients are processes of their own, the server is one more: leave both at 1"
+        )
+
+
+class AwayRounds:
+    """Rounds of which clients take their turns elsewhere: the server's half."""
+
+    def __init__(self, settings: Federation, trainees: Trainees, data: Any, carrier: Carrier) -> None:
+        self._settings, self._trainees, self._data, self._carrier = settings, trainees, data, carrier
+        self._serving = Serving(trainees)
+
+    def cohort(self, round: int) -> list[int]:
+        return sample(self._data.num_clients, self._settings.cohort, self._settings.seed, round)
+
+    def turns(
+        self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        """As :meth:`RoundKind.turns`; of what clients remember the server knows the round at whose end they made it."""
+        self._serving.begin_round()
+        by_client, remembered = {visit.client: visit for visit in visits}, dict(memories)
+        limit = 2**20 + 2 * sum(value.numel() * value.element_size() for value in server.values())
+        asked, sent = list(visits), {visit.client: Sent() for visit in visits}
+        for attempt in range(2):
+            again: list[Visit] = []
+            for reply in self._carrier.exchange(self._request(visit, server, ledger, remembered, sent[visit.client]) for visit in asked):
+                visit, turn = by_client[reply.turn.client], reply.turn
+                if reply.lost and not attempt:
+                    ledger.visited(visit.client, {})
+                    remembered.pop(visit.client, None)
+                    again.append(visit)
+                    continue
+                if reply.lost:
+                    turn.rejected = "it keeps nothing from one message to the next"
+                yield self._arrived(reply, visit, sent[visit.client], limit)
+            asked = again
+
+    def _request(self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], sent: Sent) -> Request:
+        trainee = self._trainees.of(visit)
+        holds = ledger.held(visit.client)
+        offer = self._serving.offer(trainee, trainee.plan(visit), visit, server, ledger)
+        sent.length, sent.keeps = sent.length + len(offer.payload), offer.kept
+        memory = int(memories[visit.client]["round"]) if visit.client in memories else NONE_YET
+        share = self._settings.dropout
+        progress = dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
+        return Request(visit, offer.payload, holds, offer.kept, memory, progress)
+
+    def _arrived(self, reply: Reply, visit: Visit, sent: Sent, limit: int) -> tuple[Turn, Message, Message]:
+        turn, payload = reply.turn, reply.payload
+        turn.cost.bytes_down, turn.cost.bytes_up, turn.server = sent.length, len(payload), None
+        turn.kept = sent.keeps if turn.steps else {}  # of a turn that failed nobody knows what the client has
+        if not (turn.dropped_out or math.isfinite(turn.loss)):
+            turn.rejected = turn.rejected or "loss is not finite"
+        if turn.dropped_out or turn.rejected:
+            return turn, {}, {}
+        self._trainees.of(visit).plan(visit)  # others have had their turns since
+        update = self._serving.read(payload, limit, visit, turn)
+        return turn, update, {"round": torch.tensor(visit.round)} if self._trainees.own.chain.remembers else {}
+
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+        """Every client has trained alone."""
+
+    def settle(self, round: int, everybody: Sequence[Turn]) -> None:
+        """Nothing is kept."""
