@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--algorithms", nargs="+", help="some of them, by name, beside uncompressed averaging")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message=".*self.log.*")
@@ -96,6 +97,11 @@ def main() -> None:
         ("anew each round", size // 100, {"periods_per_span": 1}),
         ("anew each round, 4 bits", 8 * size // 100, {"periods_per_span": 1, "down_bits": 4}),
     ]
+    if arguments.algorithms is not None:
+        unknown = sorted(set(arguments.algorithms) - {name for name, _, _ in choices})
+        if unknown:
+            parser.error(f"no algorithm {unknown[0]!r}; there are {', '.join(dict.fromkeys(name for name, _, _ in choices))}")
+        choices = [choice for choice in choices if choice[0] in ("uncompressed", *arguments.algorithms)]
     whole = 0.0
     for name, dim, options in choices:
         started = time.perf_counter()
