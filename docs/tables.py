@@ -131,7 +131,7 @@ def _general(reason: str) -> str:
 
 
 # -- what travels -------------------------------------------------------------------------------------------------------
-WAYS = {"_receive": "down", "_send": "up", "_turn": "down", "_update": "up", "__call__": "up", "_backward": "down"}
+WAYS = {"offer": "down", "_receive": "down", "_send": "up", "_turn": "down", "_update": "up", "__call__": "up", "_backward": "down"}
 """Which way a message goes, by the function of the loop that has it serialised."""
 
 
