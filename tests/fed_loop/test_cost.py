@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from featherlight.fed_loop import turn
+from featherlight.fed_loop import serving, turn
 from featherlight.fed_loop.cohort import sample
 from featherlight.fed_loop.predict import predict
 from featherlight.plugins import DepthDropout, LayerFreezing, ProgressiveGrowth
@@ -118,7 +118,8 @@ def sent(monkeypatch):
         messages.append((set(entries), len(payload) - 8 - header, len(payload)))
         return payload
 
-    monkeypatch.setattr(turn, "pack", pack)
+    for half in (serving, turn):
+        monkeypatch.setattr(half, "pack", pack)
     return messages
 
 
