@@ -261,9 +261,10 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[10, 30, 100, 300], help="of ways that have none of their own")
     parser.add_argument("--rates", nargs="+", type=pair, help="lr or lr:gain, in place of RATES; the best is shown")
     parser.add_argument("--out", type=Path, default=Path("runs/intrinsic_frontier.jsonl"), help="the picture lies beside it")
-    sizes = {"width": 16, "size": 16, "images": 2500, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32, "seeds": 1}
+    sizes = {"width": 16, "size": 16, "images": 2500, "clients": 5, "cohort": 5, "rounds": 40, "epochs": 1, "batch": 32}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--alpha", type=float, default=0.0, help="of a Dirichlet partition; 0: IID")
     parser.add_argument("--momentum", type=float, default=0.9, help="of clients' SGD")
     parser.add_argument("--evaluate-every", type=int, default=0)

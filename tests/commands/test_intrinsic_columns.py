@@ -55,6 +55,7 @@ def test_columns_are_the_papers(dim, subspaces, gpt2):
         entries = {name: value.detach() for name, value in module.named_parameters()}
         first = plugin.encode_down(entries, Visit(0))
         plugin.encode(entries, Visit(0))
+        plugin.arrive([Visit(0)])
         second = plugin.encode_down(entries, Visit(1), list(first))
         up = plugin.encode(entries, Visit(1))
     sent = sum(value.numel() for value in second.values()), sum(value.numel() for value in up.values())
