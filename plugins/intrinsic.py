@@ -342,15 +342,11 @@ class IntrinsicProjection(Plugin):
         before, self._round, self._seed = self._round, visit.round, visit.seed
         live = self._covered()
         if self._spans:
+            last = self._spans[-1]
             for which in self._drawn if self.serve == "changed" else range(self.subspaces):
-                self._spans[-1].changed[which] = before
-                if self.down_bits < 32 and [which, before] not in self._spans[-1].steps:  # a prediction, which adds nothing up
-                    self._spans[-1].keep(
-                        which,
-                        before,
-                        self._spans[-1].sums.new_zeros(step_bytes(self.dim, self.down_bits), dtype=torch.uint8),
-                        self.down_bits,
-                    )
+                last.changed[which] = before
+                if self.down_bits < 32 and [which, before] not in last.steps:  # a prediction, which adds nothing up
+                    last.keep(which, before, last.codes.new_zeros(step_bytes(self.dim, self.down_bits)), self.down_bits)
             self._drawn = set()
             due = self.periods_per_span is not None and visit.round // self.periods_per_span > before // self.periods_per_span
             if self._spans[-1].names == list(live) and not due:
