@@ -84,21 +84,26 @@ class OnDisk:
 
     def close(self) -> None:
         if self._own is not None:
-            _clear(self._own)
-            os.close(self._lock)
+            with _locked(self._folder, wait=True):
+                _clear(self._own)
+                os.close(self._lock)
+                self._clear_left()
         self._own, self._lock = None, -1
 
     def _path(self, name: str) -> Path:
         if self._own is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             with _locked(self._folder, wait=True):  # or another process would clear a folder that is not locked yet
-                for left in self._folder.glob(f"{PREFIX}*"):
-                    with _locked(left) as free:
-                        if free:
-                            _clear(left)
+                self._clear_left()
                 self._own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._folder))
                 self._lock = _hold(self._own)
         return self._own / f"{name}.safetensors"
+
+    def _clear_left(self) -> None:
+        for left in self._folder.glob(f"{PREFIX}*"):
+            with _locked(left) as free:
+                if free:
+                    _clear(left)
 
 
 def _clear(folder: Path) -> None:

@@ -74,7 +74,7 @@ def test_two_processes_killed_at_a_random_moment(runs, same, tmp_path):
         assert process.wait() == -signal.SIGKILL, (tmp_path / "said").read_text()[-3000:]
     assert (folder / "round-000001.ckpt").exists()
     assert not (folder / "done.pt").exists()
-    assert len([*(folder / "buffer").iterdir()]) == 2
+    assert len([*(folder / "buffer").iterdir()]) == 2  # the other process may not even have ended yet
     resumed, _ = runs.run("slowly", folder, resume=True)
     weights, figures = runs.run("slowly")
     same(resumed, weights)

@@ -141,6 +141,19 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_one_that_was_still_ending_is_cleared_at_the_close(tmp_path):
+    ends_late = LEAVE.replace("os.kill(os.getpid(), 9)", "print(flush=True); sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", ends_late, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    buffer = ReplayBuffer(10, tmp_path)
+    buffer.put(2, 0, b"mine")
+    assert files(tmp_path) == {"client-000001.safetensors": 4, "client-000002.safetensors": 4}
+    process.kill()
+    process.wait()
+    buffer.close()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r'buffer=".*file" is a file: give a folder, or "memory"'):
