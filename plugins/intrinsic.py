@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
 from featherlight.plugins.present import held
 from featherlight.plugins.projections import PROJECTIONS, Projection
 from featherlight.plugins.seeds import derive
-from featherlight.plugins.subspaces import PREFIX, Maps, Span, step_bytes
+from featherlight.plugins.subspaces import PREFIX, Maps, Past, Span, step_bytes
+from featherlight.plugins.subspaces import nbytes as _bytes
 from featherlight.plugins.targets import find_targets
 
 GAINS = {"length": 0.5, "projection": 1.0, "unbiased": 0.0}
@@ -118,6 +119,7 @@ class IntrinsicProjection(Plugin):
     def _forget(self) -> None:
         """As if nothing had been trained yet."""
         self._spans: list[Span] = []
+        self._past = Past()
         self._round = -1
         self._drawn: set[int] = set()
         self._maps = Maps(self.projection, self.dim)
@@ -187,7 +189,7 @@ class IntrinsicProjection(Plugin):
 
     # -- federated: down ------------------------------------------------------------------------------------------
     def encode_down(self, message: Message, visit: Visit, kept: Collection[str] = ()) -> Message:
-        """Vectors that the client lacks, float32, or the model, where that is less.
+        """Vectors that the client lacks, float32, or the model, where that is less or such old vectors are kept no more.
 
         With the model come the sums of the span under way, so that the client can go on from there with vectors; it is then marked as
         having those of earlier spans. Where the span's own sums are more than the model, that comes alone; the client has what it had.
@@ -196,23 +198,25 @@ class IntrinsicProjection(Plugin):
         owed = [span.owed(kept) for span in self._spans]
         sums = {name: value for own, _ in owed for name, value in own.items()}
         vectors = {name: value for _, sent in owed for name, value in sent.items()}
-        covered = {name for span in self._spans for name in span.names}  # those of earlier spans are where these spans' vectors left them
+        covered = set(self._past.names).union(*(span.names for span in self._spans))  # those of earlier spans are where vectors left them
         whole = {name: value for name, value in message.items() if name in covered}
         rest = {name: value for name, value in message.items() if name not in covered}
-        start = {f"{PREFIX}.start@{self._newest}": next(iter(message.values())).new_zeros(0)}
+        nothing = next(iter(message.values())).new_zeros(0)
+        start = {f"{PREFIX}.start@{self._newest}": nothing}
         earlier, now = (
             _bytes(value for _, sent in some for name, value in sent.items() if name not in kept) for some in (owed[:-1], owed[-1:])
         )
         model = _bytes(whole.values())
-        stranger = not self.known_start and next(iter(start)) not in kept
+        stranger = (not self.known_start and next(iter(start)) not in kept) or self._past.lacking(kept)
+        past = {self._past.marker: nothing} if self._past.count else {}
         if stranger or earlier >= model:
             absent = whole.keys() - held(self._model).keys()  # of blocks that this visit leaves out, and a later one may not
             apart = {f"{PREFIX}.{name}@{visit.round}": whole[name] for name in message if name in absent}
             latest = owed[-1][0]
-            return message | start | apart | {name: value if name in latest else value.new_zeros(0) for name, value in sums.items()}
+            return message | start | past | apart | {name: value if name in latest else value.new_zeros(0) for name, value in sums.items()}
         if now >= model:
-            return message | {name: value for name, value in (start | sums).items() if name in kept}
-        return rest | start | vectors
+            return message | past | {name: value for name, value in (start | sums).items() if name in kept}
+        return rest | start | past | vectors
 
     def decode_down(self, message: Message, visit: Visit) -> Message:
         """θ₀ + Σ_k A_k·Σ_k, for which a real client lifts what it was sent; a simulated one takes the server's, equal to rounding."""
@@ -293,12 +297,14 @@ class IntrinsicProjection(Plugin):
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {"round": self._round, "seed": self._seed, "drawn": sorted(self._drawn), "spans": [span.state() for span in self._spans]}
+        spans = [span.state() for span in self._spans]
+        return {"round": self._round, "seed": self._seed, "drawn": sorted(self._drawn), "spans": spans, "past": dict(vars(self._past))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round, self._seed, self._drawn = state["round"], state["seed"], set(state["drawn"])
         device = next(self._model.parameters()).device
         self._spans = [Span.of(span, device) for span in state["spans"]]
+        self._past = Past(**state["past"])
         self._maps.clear()
 
     # -- helpers --------------------------------------------------------------------------------------------------
@@ -309,11 +315,7 @@ class IntrinsicProjection(Plugin):
     @property
     def _newest(self) -> int:
         """The first span that has all parameters that any had: who knows its start knows theirs."""
-        seen, newest = set[str](), 0
-        for span in () if self.known_start else self._spans:
-            newest = newest if seen.issuperset(span.names) else span.number
-            seen.update(span.names)
-        return newest
+        return 0 if self.known_start else self._past.newest_with(self._spans)
 
     def _covered(self) -> dict[str, nn.Parameter]:
         """The parameters that train now, by name, whether or not the client at hand leaves some of them out."""
@@ -361,12 +363,15 @@ class IntrinsicProjection(Plugin):
             position = position.float()
         sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=position.device)
         velocity = torch.zeros_like(sums if self.momentum else sums[:0])
-        for span in self._spans:  # only their sums are needed any more, by those who were away
-            span.position, span.velocity, span.unsent = position.new_zeros(0), sums[:0].clone(), sums[:0].clone()
+        number = self._spans[-1].number + 1 if self._spans else 0
+        if self._spans:
+            self._spans[-1].finish()
+            names = set(self._past.names).union(*(span.names for span in self._spans))
+            self._past.take(self._spans, _bytes(self._model.get_parameter(name) for name in names))
         unsent = torch.zeros_like(sums if self.down_bits < 32 else sums[:0])
         never = [-1] * self.subspaces
         self._spans.append(
-            Span(len(self._spans), list(live), size, position, sums, velocity, list(never), unsent, dropped=never if len(unsent) else [])
+            Span(number, list(live), size, position, sums, velocity, list(never), unsent, dropped=never if len(unsent) else [])
         )
         self._maps.clear()
 
@@ -391,7 +396,3 @@ class IntrinsicProjection(Plugin):
         shapes = [self._model.get_parameter(name).shape for name in names]
         parts = flat.split([shape.numel() for shape in shapes])
         return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
-
-
-def _bytes(values: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from featherlight.plugins.quantization import most, pack, quantised, unpack
 from featherlight.plugins.seeds import derive
 
 PREFIX = "intrinsic"
+_SUM = re.compile(rf"{PREFIX}\.(\d+)\.\d+@\d+")
 ENTRY = 72
 """Bytes that a message takes to say an entry's name, type, shape and place, about."""
 
@@ -25,7 +27,7 @@ class Span:
     Args:
         number: counted from 0; names: of the parameters; size: D, how many numbers they have.
         position: θ₀ + Σ_k A_k·Σ_k, flat, float32 or wider; on one machine θ₀, or nothing where the parameters say it as exactly.
-        sums: Σ, (K, d), float64.
+        sums: Σ, (K, d), float64; once the span is over float32, or (K, 0) where whoever lacks any of it is sent steps.
         velocity: what momentum made of past rounds, (K, d), float64; without momentum nothing.
         changed: the last round, before the one under way, in which each of the K changed; −1: none.
         unsent: what quantised steps have left over of Σ, (K, d), float64; where steps are not quantised nothing.
@@ -68,6 +70,13 @@ class Span:
             return None
         return {of: code for (place, of), code in zip(self.steps, self.codes) if place == which and of > round}
 
+    def finish(self) -> None:
+        """Let go what only rounds of the span itself need: what clients that were away may still be sent is left."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        self.position, self.velocity, self.unsent = self.position.new_zeros(0), nothing, nothing.clone()
+        whole = {name for name, value in self.owed(())[1].items() if "@" in name and len(value)}
+        self.sums = self.sums.float() if whole or not self.dropped else self.sums.new_zeros(len(self.sums), 0, dtype=torch.float32)
+
     def state(self) -> dict[str, Any]:
         """Plain data and tensors."""
         return dict(vars(self))
@@ -96,10 +105,64 @@ class Span:
                 continue
             has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
             steps = self.since(which, has)
-            if steps is not None and sum(len(code) + ENTRY for code in steps.values()) < 4 * len(self.sums[which]):
+            dim = self.sums.shape[1]
+            if steps is not None and (not dim or sum(len(code) + ENTRY for code in steps.values()) < 4 * dim):
                 sent[name] = sums[name].new_zeros(0)
                 sent |= {f"{part}+{round}": code for round, code in steps.items()}
         return sums, sent
+
+
+@dataclass
+class Past:
+    """Spans that are kept no more, the first ``count`` of all, since whoever lacks them is sent the model.
+
+    Args:
+        names: of the parameters that trained in them; newest: the last of them that had parameters which none before it had.
+        final: what those are known to have who have had the last of them that moved anything, by :meth:`Span.owed`.
+    """
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+    newest: int = 0
+    final: list[str] = field(default_factory=list)
+
+    @property
+    def marker(self) -> str:
+        """What stands for all of them in messages."""
+        return f"{PREFIX}.past@{self.count}"
+
+    def lacking(self, kept: Collection[str]) -> bool:
+        """Whether a client that has ``kept`` lacks some of it: it was not there since."""
+        if not self.count or self.marker in kept or (self.final and all(name in kept for name in self.final)):
+            return False
+        numbers = (found[1] for name in kept if (found := _SUM.fullmatch(name)))
+        return not any(int(number) >= self.count for number in numbers)
+
+    def newest_with(self, spans: Sequence[Span]) -> int:
+        """The first of all spans, ``spans`` being those since, that has all parameters that any had: who knows its start knows theirs."""
+        seen, newest = set(self.names), self.newest
+        for span in spans:
+            newest = newest if seen.issuperset(span.names) else span.number
+            seen.update(span.names)
+        return newest
+
+    def take(self, spans: list[Span], model: int) -> None:
+        """Of ``spans``, which are over, let those go after which as much came as the ``model`` has, in bytes."""
+        since = 0
+        for place in reversed(range(len(spans))):
+            if since >= model:
+                gone = spans[: place + 1]
+                del spans[: place + 1]
+                self.newest, self.count = self.newest_with(gone), gone[-1].number + 1
+                self.names += [name for name in dict.fromkeys(name for span in gone for name in span.names) if name not in set(self.names)]
+                self.final = next((final for span in reversed(gone) if (final := [*span.owed(())[0]])), self.final)
+                return
+            since += nbytes(spans[place].owed(())[1].values())
+
+
+def nbytes(values: Iterable[Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(value.numel() * value.element_size() for value in values)
 
 
 def step_bytes(dim: int, bits: int) -> int:

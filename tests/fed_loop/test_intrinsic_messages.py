@@ -32,9 +32,12 @@ class Literal(IntrinsicProjection):
 
     def __init__(self, start, **options):
         super().__init__(**options)
-        self._start, self._clients, self._told = start, {}, {"steps": 0, "vectors": 0, "model": 0, "alone": 0, "worst": 0.0}
+        self._start, self._clients, self._shapes = start, {}, {}
+        self._told = {"steps": 0, "vectors": 0, "model": 0, "alone": 0, "past": 0, "worst": 0.0}
 
     def decode_down(self, message, visit):
+        # what a schedule tells every client: of each span, which parameters train and how many numbers they have
+        self._shapes |= {span.number: (span.names, span.size) for span in self._spans}
         client = self._clients.setdefault(visit.client, Client(self._start))
         own = {name: value for name, value in message.items() if name.startswith("intrinsic.")}
         rest = {name: value for name, value in message.items() if name not in own}
@@ -49,6 +52,8 @@ class Literal(IntrinsicProjection):
             middle, _, _ = name.removeprefix("intrinsic.").partition("@")
             if middle in self._names:
                 model[middle] = value.double()
+            elif middle == "past":
+                self._told["past"] += 1
             elif middle != "start":
                 marks[tuple(map(int, middle.split(".")))] = value.double()
         client.vectors |= {key: value for key, value in marks.items() if len(value)}
@@ -57,7 +62,7 @@ class Literal(IntrinsicProjection):
             return rest
         if model:  # with all that was done up to now: of the span under way so much as its vectors say
             client.start |= model
-            client.past, client.within = len(self._shapes) - 1, dict(client.vectors)
+            client.past, client.within = max(self._shapes), dict(client.vectors)
         self._told["model" if model else "vectors"] += 1
         values = {name: value.clone() for name, value in client.start.items()}
         for (span, which), vector in client.vectors.items():
@@ -77,11 +82,6 @@ class Literal(IntrinsicProjection):
     def _names(self):
         return dict(self._model.named_parameters())
 
-    @property
-    def _shapes(self):
-        """What a schedule tells every client: of each span, which parameters train and how many numbers they have."""
-        return [(span.names, span.size) for span in self._spans]
-
 
 WAYS = {
     "static": ({"dim": 40}, [], {"vectors"}),
@@ -91,7 +91,7 @@ WAYS = {
     "time-varying": ({"dim": 20, "periods_per_span": 1}, [], {"vectors"}),
     "both": ({"dim": 10, "subspaces": 2, "periods_per_span": 2}, [], {"vectors"}),
     "every step": ({"dim": 20, "space": "subspace"}, [], {"vectors"}),
-    "long away": ({"dim": 120, "periods_per_span": 1}, [], {"vectors", "model"}),
+    "long away": ({"dim": 120, "periods_per_span": 1}, [], {"vectors", "model", "past"}),
     "long away, within a span": ({"dim": 174, "subspaces": 2, "periods_per_span": 2}, [], {"vectors", "model"}),
     "unknown start": ({"dim": 20, "known_start": False}, [], {"vectors", "model"}),
     "unknown start, spans": ({"dim": 20, "known_start": False, "periods_per_span": 3}, [], {"vectors", "model"}),
@@ -101,6 +101,13 @@ WAYS = {
     "in steps of 3 bits, time-varying": ({"dim": 60, "down_bits": 3, "periods_per_span": 2}, [], {"vectors", "steps"}),
     "in steps, unknown start": ({"dim": 60, "down_bits": 6, "known_start": False}, [], {"vectors", "steps", "model"}),
     "in steps, long away": ({"dim": 140, "down_bits": 8, "periods_per_span": 1}, [], {"vectors", "steps"}),
+    "in steps, away for ever": ({"dim": 170, "down_bits": 8, "periods_per_span": 1}, [], {"vectors", "steps", "model", "past"}, 24),
+    "subspaces, away for ever": (
+        {"dim": 60, "subspaces": 2, "periods_per_span": 1, "known_start": False},
+        [lambda: LayerFreezing("blocks.*", periods_per_stage=9)],
+        {"vectors", "model", "past"},
+        24,
+    ),
     "frozen": ({"dim": 20}, [lambda: LayerFreezing("blocks.*", periods_per_stage=2)], {"vectors"}),
     "frozen, long away": (
         {"dim": 100, "periods_per_span": 1},
@@ -131,15 +138,15 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_messages_suffice(way, net, points, federation):
-    options, others, told = WAYS[way]
+    options, others, told, rounds = (*WAYS[way], 8)[:4]
     known = options.get("known_start", True)
     start = {name: value.detach().double() for name, value in net(sgd).named_parameters()} if known else {}
     plain, module, data = net(sgd), net(sgd), points([6, 10, 14, 8])
     literal = Literal(start, **options, gain=0.1)
     settings = {"cohort": 2, "seed": SEED}
-    one = federation(8, **settings).run(plain, data, [IntrinsicProjection(**options, gain=0.1), *[make() for make in others]])
-    other = federation(8, **settings).run(module, data, [literal, *[make() for make in others]])
-    assert told <= {name for name in ("steps", "vectors", "model", "alone") if literal._told[name]}
+    one = federation(rounds, **settings).run(plain, data, [IntrinsicProjection(**options, gain=0.1), *[make() for make in others]])
+    other = federation(rounds, **settings).run(module, data, [literal, *[make() for make in others]])
+    assert told <= {name for name, count in literal._told.items() if count}
     assert literal._told["worst"] < 2e-6
     assert [row["bytes_down"] for row in one.history] == [row["bytes_down"] for row in other.history]
     moved = max(float((value - start).detach().abs().max()) for value, start in zip(plain.parameters(), net(sgd).parameters()))

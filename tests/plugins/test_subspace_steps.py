@@ -6,7 +6,7 @@ from torch import nn
 
 from featherlight.fed_loop.wire import pack
 from featherlight.plugins import Clock, IntrinsicProjection, Visit
-from featherlight.plugins.subspaces import Span, step_bytes, step_of
+from featherlight.plugins.subspaces import Past, Span, nbytes, step_bytes, step_of
 
 DIM = 20
 
@@ -95,3 +95,85 @@ def test_steps_are_sent_only_where_they_are_less_as_serialised(bits, dim):
         used += len(sent) > 1
         assert len(pack(sent)) <= len(pack(sums)) + 64
     assert used == 0 if dim == 8 else used > 0 if dim >= 512 else True
+
+
+def one_of(number, names=("w",), moved=True, bits=32):
+    """A span of one round that is over, 4·DIM bytes for whoever lacks it."""
+    own = span()
+    own.number, own.names, own.dropped = number, list(names), [] if bits == 32 else own.dropped
+    if moved:
+        own.changed = [number, -1]
+        own.sums[0] = steps(1)[0]
+        if bits < 32:
+            own.sums[0], code = own.quantise(0, steps(1)[0], bits)
+            own.keep(0, number, code, bits)
+    own.finish()
+    return own
+
+
+def test_spans_go_once_the_model_is_less_than_what_came_since():
+    past, spans = Past(), [one_of(number) for number in range(3)]
+    past.take(spans, 4 * DIM * 3)  # as much, but not since the first
+    assert (past.count, len(spans)) == (0, 3)
+    assert not past.lacking(())
+    past.take(spans, 4 * DIM * 2)
+    assert (past.count, [own.number for own in spans]) == (1, [1, 2])
+    assert past.lacking(())
+    assert past.lacking({"intrinsic.start@0", "w", "intrinsic.0.0@-1", "intrinsic.w@7"})
+    for kept in ("intrinsic.0.0@0", "intrinsic.1.0@1", "intrinsic.2.0@1", "intrinsic.past@1"):
+        assert not past.lacking({"w", kept})
+    spans.append(one_of(3, ["w", "x"]))
+    past.take(spans, 4 * DIM)
+    assert (past.count, [own.number for own in spans]) == (3, [3])
+    assert past.lacking({"intrinsic.1.0@1", "intrinsic.past@1"})
+    assert past.newest_with(spans) == 3
+    past.take([one_of(number, ["x"], moved=False) for number in (3, 4)] + [one_of(5)], 4 * DIM)
+    assert (past.count, past.newest, past.names) == (5, 3, ["w", "x"])
+    assert not past.lacking({"intrinsic.2.0@2"})  # the last that moved anything
+
+
+def test_a_finished_span_has_what_may_still_be_sent():
+    whole, small = one_of(0), one_of(0, bits=4)
+    assert whole.sums.dtype == torch.float32
+    assert nbytes([whole.sums]) == 2 * 4 * DIM
+    assert not nbytes([whole.position, whole.velocity, whole.unsent])
+    assert list(whole.owed(())[1]) == ["intrinsic.0.0@0"]
+    big = span()
+    big.sums = torch.zeros(2, 400, dtype=torch.float64)
+    big.unsent = big.sums.clone()
+    big.sums[1], code = big.quantise(1, torch.ones(400, dtype=torch.float64), 4)
+    big.keep(1, 5, code, 4)
+    big.changed = [-1, 5]
+    before = {name: value for name, value in big.owed(())[1].items() if len(value)}
+    big.finish()
+    assert big.sums.shape == (2, 0)  # whoever lacks it is sent the step
+    after = {name: value for name, value in big.owed(())[1].items() if len(value)}
+    assert before.keys() == after.keys() == {"intrinsic.0.1+5"}
+    assert small.sums.shape == (2, DIM)  # with its name the step is longer than the sum
+
+
+def test_memory_and_messages_do_not_grow_with_spans():
+    """A span a round, each 300 of 400 numbers in 8 bits: what is kept stays below two of the model's size."""
+    model = nn.Linear(20, 20, bias=False)
+    plugin, server = IntrinsicProjection(300, periods_per_span=1, down_bits=8), {"weight": model.weight}
+    plugin.attach(model)
+    kept: dict[int, set[str]] = {0: set(), 1: set()}
+    sizes, lengths, whole = [], [], []
+    for round in range(30):
+        served = plugin.encode_down(server, Visit(round, 0), kept[0])
+        kept[0] = {name for name in served if name != "weight"}
+        plugin.encode({"weight": torch.zeros_like(model.weight)}, Visit(round, 0))
+        lift = plugin.lift({"intrinsic.z": torch.full((300,), 0.1)}, Clock(round, 0))
+        with torch.no_grad():
+            model.weight += lift["weight"]
+        plugin.settle(model, Clock(round, 0))
+        plugin.arrive([Visit(round, 0)])
+        state = plugin.state_dict()
+        sizes.append(sum(nbytes(value for value in one.values() if isinstance(value, torch.Tensor)) for one in state["spans"]))
+        lengths.append(len(served))
+        whole.append("weight" in served)
+        assert "weight" in plugin.encode_down(server, Visit(round, 1), kept[1]) or round < 8
+    assert not any(whole)  # who is there in every round is sent steps
+    assert max(sizes[10:]) == max(sizes)
+    assert max(sizes[20:]) == max(sizes[10:20])
+    assert max(lengths) < 12
