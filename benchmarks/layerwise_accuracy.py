@@ -4,20 +4,23 @@
     python benchmarks/layerwise_accuracy.py --data FOLDER --partition many --images 5000      25 of 100 clients in each round
     python benchmarks/layerwise_accuracy.py --data FOLDER --partition iid --method moco_v3 --ways "end to end" "LW 2" Prog
     python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --optimizer adamw --width 48 --lr 2e-3
-    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --method moco_v3 --optimizer adamw --schedule constant \\
+    python benchmarks/layerwise_accuracy.py --data FOLDER --backbone vit --method moco_v3 --optimizer adamw \\
         --depth 12 --width 192 --heads 3 --size 32 --images 45000 --server 5000 --batch 512 --rounds 180 --epochs 3 --lr 3e-4 \\
-        --hidden 512 --output 256 --tune-epochs 40 --tune-batch 128 --test 10000
+        --temperature 0.05 --hidden 512 --output 256 --tune-epochs 40 --tune-batch 128 --test 10000
                                                                                the paper's size, which wants a GPU
 
 A ResNet-18 in its four groups, or a ViT as in the paper (arXiv 2401.11647), learns without labels (SimCLR, or MoCo v3 as there) and is
-judged by nearest neighbours, a linear probe and fine-tuning. "LW n" trains n blocks a stage, "Prog" grows by one a stage; depth dropout
-keeps half of the blocks at most; "LW-FedSSL" and "Prog-FedSSL" have alignment and server-side calibration, as the paper's versions 1 to
-3. All ways have as many rounds, divided evenly among their stages, the same clients with the same images and the same first weights; the
-server's own images are no client's, and only calibration looks at them. "untrained" is what random weights are worth, by the same judges.
+judged by nearest neighbours, a linear probe and fine-tuning (crops and mirrored images). "LW n" trains n blocks a stage, "Prog" grows by
+one a stage; of a ViT depth dropout keeps half of the blocks at most, of a ResNet it leaves out half of the earlier residual blocks that can
+be left out; "LW-FedSSL" and "Prog-FedSSL" have alignment and server-side calibration, as the paper's versions 1 to 3. All ways have as many
+rounds, divided evenly among their stages, the same clients with the same images and the same first weights; the server's own images are
+no client's, and only calibration looks at them ("end to end, calibration" is what they are worth alone). A cosine schedule over all rounds
+would leave the last blocks a fraction of the rate, so it is constant. "untrained" is what random weights are worth, by the same judges.
 
 The paper's goals (ViT-Tiny, 180 rounds, single runs): 2 blocks a stage equal end to end at 36 % of its memory; progressive is above it;
-with 25 of 100 clients layer-wise (57.4) and progressive (61.0) are above end to end (47.0). Costs are a client's: largest peak and most
-bytes kept for backward in any stage, bytes and FLOPs over the run. Finished runs are kept in --out, with pictures beside it.
+with 25 of 100 clients layer-wise (57.4) and progressive (61.0) are above end to end (47.0). Of a ResNet's four groups two a stage are half
+of the network, so only a ViT can show the first. Costs are a client's: largest peak and most bytes kept for backward in any stage, bytes
+and FLOPs over the run, and the server's FLOPs over a client's end to end. Finished runs are kept in --out, with pictures beside it.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ GROUPS = 4
 ALL = ("calibration", "alignment")
 WAYS: dict[str, tuple[type[LayerFreezing | ProgressiveGrowth] | None, int, tuple[str, ...]]] = {
     "end to end": (None, 0, ()),
+    "end to end, calibration": (None, 0, ("calibration",)),
+    "end to end, alignment": (None, 0, ("alignment",)),
     "LW 1": (LayerFreezing, 1, ()),
     "LW 2": (LayerFreezing, 2, ()),
     "LW 3": (LayerFreezing, 3, ()),
@@ -67,7 +72,7 @@ WAYS: dict[str, tuple[type[LayerFreezing | ProgressiveGrowth] | None, int, tuple
     "untrained": (None, 0, ()),
 }
 """How blocks come, how many a stage, and what is added."""
-COSTS = ("peak", "saved", "traffic", "FLOPs")
+COSTS = ("peak", "saved", "traffic", "FLOPs", "server")
 JUDGES = {"knn": "kNN", "linear": "linear probe", "finetune": "fine-tuned"}
 
 
@@ -104,7 +109,8 @@ def methods(arguments: argparse.Namespace, way: str) -> list[Plugin]:
         starts = [-(-arguments.rounds * stage // stages) for stage in range(stages + 1)]
         plugins.append(growth(blocks, blocks_per_stage=each, periods_per_stage=[end - start for start, end in pairwise(starts)]))
     if "depth dropout" in added:
-        plugins.append(DepthDropout(blocks, rate=0.0, max_kept=depth // 2))
+        vit = arguments.backbone == "vit"  # most of a ResNet's groups change the shape, and cannot be left out whole
+        plugins.append(DepthDropout(blocks, rate=0.0, max_kept=depth // 2) if vit else DepthDropout(f"{blocks}.*", rate=0.5))
     if "alignment" in added:
         plugins.append(RepresentationAlignment(arguments.alignment))
     if "calibration" in added:
@@ -161,8 +167,12 @@ def paid(row: dict[str, Any]) -> dict[str, float]:
     cost = row["cost"]
     if not cost:
         return dict.fromkeys(COSTS, 0.0)
-    traffic, flops = cost["bytes_down"] + cost["bytes_up"], cost["flops_forward"] + cost["flops_backward"]
-    return dict(zip(COSTS, (cost["peak_bytes"], cost["saved_bytes"], traffic, flops)))
+    traffic, flops = cost["bytes_down"] + cost["bytes_up"], _flops(cost)
+    return dict(zip(COSTS, (cost["peak_bytes"], cost["saved_bytes"], traffic, flops, _flops(row["server"]))))
+
+
+def _flops(cost: dict[str, Any]) -> float:
+    return cost.get("flops_forward", 0) + cost.get("flops_backward", 0)
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
@@ -187,7 +197,7 @@ def main() -> None:
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--pool", choices=("token", "mean"), default="mean", help="what of the ViT's tokens the features are")
-    parser.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
     left_out = ("data", "out", "seeds", "partition", "accelerator", "ways")
@@ -225,6 +235,7 @@ def report(console: Console, title: str, rows: dict[str, list[dict[str, Any]]]) 
         table.add_column(heading, justify="right")
     first = next(iter(rows))
     reference = paid(rows[first][0])
+    reference["server"] = reference["FLOPs"]
     for way, some in rows.items():
         costs = [statistics.mean(paid(row)[name] for row in some) / max(1.0, reference[name]) for name in COSTS]
         cells = []
@@ -235,7 +246,7 @@ def report(console: Console, title: str, rows: dict[str, list[dict[str, Any]]]) 
             cells.append(f"{statistics.mean(values):.1f}{spread}  {change:+.1f}")
         table.add_row(way, *(f"{cost:.2f}" if some[0]["cost"] else "" for cost in costs), *cells)
     console.print(table)
-    peak, saved, traffic, flops = reference.values()
+    peak, saved, traffic, flops, _ = reference.values()
     console.print(
         f"1.00 is, of a client: peak {peak / 2**20:.1f} MiB, saved {saved / 2**20:.1f} MiB, "
         f"traffic {traffic / 2**20:.1f} MiB, {flops / 1e9:.0f} GFLOPs",

@@ -34,6 +34,17 @@ class _Pass:
     behind_frozen: Any = None
 
 
+class _Whole(nn.Module):
+    """A submodule and what else it runs, so that all their weights can be given at once."""
+
+    def __init__(self, module: nn.Module, elsewhere: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.module, self.elsewhere = module, nn.ModuleList(elsewhere)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
 class Representations:
     """The output of the last of ``through``, each of which takes what the one before puts out.
 
@@ -72,7 +83,7 @@ class Representations:
             self._hooks.append(module.register_forward_pre_hook(self._entering(place), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._leaving(place)))
             blocks = [block for block in module.modules() if isinstance(block, Bypass)]
-            self._hooks += [block.register_forward_hook(self._block_done) for block in blocks]  # type: ignore[attr-defined]
+            self._hooks += [block.register_forward_hook(self._behind_block()) for block in blocks]  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -94,7 +105,12 @@ class Representations:
     # -- what came of it ------------------------------------------------------------------------------------------
     def weights(self) -> dict[str, nn.Parameter]:
         """Those that train now, by their names in the model."""
-        return {name: value for name, value in trained(self._model).items() if isinstance(value, nn.Parameter) and self._place(name) >= 0}
+        elsewhere = self._elsewhere()
+        return {
+            name: value
+            for name, value in trained(self._model).items()
+            if isinstance(value, nn.Parameter) and self._place(name, elsewhere)[0] >= 0
+        }
 
     def local(self) -> list[Tensor]:
         """What the step made of its passes, each ``(N, …)``, with gradients.
@@ -118,27 +134,29 @@ class Representations:
         Norms over batches use the batch's statistics where the model does, and note none; everything else (dropout) is as in evaluation.
         """
         parts: list[dict[str, Tensor]] = [{} for _ in self._modules]
+        elsewhere = self._elsewhere()
         for name, value in weights.items():
-            place = self._place(name)
-            parts[place][name[len(self.through[place]) + 1 :] if self.through[place] else name] = value
+            place, inside = self._place(name, elsewhere)
+            parts[place][inside] = value
         first = next((place for place, part in enumerate(parts) if part), len(parts) - 1)
         found = []
         with torch.no_grad(), self._still():
+            modules = [_Whole(module, [one for of, one in elsewhere.values() if of == place]) for place, module in enumerate(self._modules)]
             for calls in zip(*self._passes):
                 out: Any = None
                 for place in range(first, len(calls)):
                     one = calls[place]
                     args = one.args if place == first else (out.reshape(one.args[0].shape), *one.args[1:])
-                    out = self._again(place, one, parts[place], args)
+                    out = self._again(modules[place], one, parts[place], args)
                 found.append(out)
         return found
 
-    def _again(self, place: int, one: _Pass, weights: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
+    def _again(self, module: _Whole, one: _Pass, weights: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
         self._replayed = one
         for block in one.frozen:
             set_bypassed(block, OWNER, True)  # type: ignore[arg-type]
         try:
-            return functional_call(self._modules[place], weights, args, one.kwargs)
+            return functional_call(module, weights, args, one.kwargs)
         finally:
             self._replayed = None
             for block in one.frozen:
@@ -161,9 +179,27 @@ class Representations:
             for norm in norms:
                 norm.__dict__["track_running_stats"] = True
 
-    def _place(self, name: str) -> int:
-        """Which of the submodules a parameter belongs to; -1 for none."""
-        return next((place for place, path in enumerate(self.through) if not path or name.startswith(f"{path}.")), -1)
+    def _elsewhere(self) -> dict[str, tuple[int, nn.Module]]:
+        """Modules that blocks run and that are the model's own, not the submodules' (adapters of width): path → place, module."""
+        run = {
+            id(block._instead[0]): (place, block._instead[0])
+            for place, module in enumerate(self._modules)
+            for block in module.modules()
+            if isinstance(block, Bypass) and block._instead
+        }
+        inside = {id(inner) for module in self._modules for inner in module.modules()}
+        return {path: run[id(one)] for path, one in self._model.named_modules() if id(one) in run and id(one) not in inside} if run else {}
+
+    def _place(self, name: str, elsewhere: Mapping[str, tuple[int, nn.Module]]) -> tuple[int, str]:
+        """Which of the submodules a parameter belongs to, −1 for none, and its name in :class:`_Whole`."""
+        for place, path in enumerate(self.through):
+            if not path or name.startswith(f"{path}."):
+                return place, f"module.{name[len(path) + 1 :] if path else name}"
+        for path, (place, one) in elsewhere.items():
+            if name.startswith(f"{path}."):
+                among = [other for of, other in elsewhere.values() if of == place].index(one)
+                return place, f"elsewhere.{among}.{name[len(path) + 1 :]}"
+        return -1, ""
 
     # -- hooks ----------------------------------------------------------------------------------------------------
     def _entering(self, place: int) -> Callable[..., None]:
@@ -187,18 +223,20 @@ class Representations:
 
         return leave
 
-    def _block_done(self, block: Any, args: tuple[Any, ...], out: Any) -> Any:
-        if self._replayed is not None:
-            last = bool(self._replayed.frozen) and self._replayed.frozen[-1] is block
-            return self._replayed.behind_frozen if last else None
-        if not (self._noting and self._open is not None and isinstance(out, Tensor)):
+    def _behind_block(self) -> Callable[..., Any]:
+        def leave(block: Any, args: tuple[Any, ...], out: Any) -> Any:
+            if self._replayed is not None:
+                last = bool(self._replayed.frozen) and self._replayed.frozen[-1] is block
+                return self._replayed.behind_frozen if last else None
+            if not (self._noting and self._open is not None and isinstance(out, Tensor)):
+                return None
+            if block._frozen and not block._bypassed_by and not out.requires_grad:
+                self._open.frozen.append(block)
+                self._open.behind_frozen = out
             return None
-        if block._frozen and not block._bypassed_by and not out.requires_grad:
-            self._open.frozen.append(block)
-            self._open.behind_frozen = out
-        return None
 
-    _block_done.content_with_forms = True  # type: ignore[attr-defined]  # a shared prefix need not run for it
+        leave.content_with_forms = True  # type: ignore[attr-defined]  # a shared prefix need not run for it
+        return leave  # no method of this object: a copy of the block, as evaluation makes one, would copy the whole model with it
 
     def _check_follows(self, place: int, args: tuple[Any, ...]) -> None:
         """What a submodule takes is what the one before it put out, as it is or in another shape.
