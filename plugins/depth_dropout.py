@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from random import Random
 from typing import Literal
@@ -28,7 +29,8 @@ class DepthDropout(Plugin):
         blocks: as for :class:`~featherlight.plugins.staged.Staged`.
         rate: share of the earlier blocks to leave out. Exactly ``round(rate · n)`` of ``n`` are drawn (halves round up), so
             that what a client needs is known in advance (a choice of this project).
-        max_kept: keep at most this many blocks, active ones included (LW-FedSSL's tables: 6 of 12).
+        max_kept: keep at most this many blocks, active ones included (LW-FedSSL's tables: 6 of 12); where active blocks and those that
+            cannot be left out are more already, those stay, and a warning says so.
         every: draw per client and ``"round"`` (saves memory, compute and download), or per ``"batch"`` (saves compute).
         scale: divide what a kept earlier block adds by the share kept, as stochastic depth does.
         targets: as for :class:`~featherlight.plugins.staged.Staged`.
@@ -48,8 +50,8 @@ class DepthDropout(Plugin):
     ) -> None:
         if not 0 <= rate < 1:
             raise ValueError(f"rate={rate} is not a share of blocks to leave out; give 0 <= rate < 1")
-        if max_kept is not None and max_kept < 1:
-            raise ValueError(f"max_kept={max_kept}: at least the active block is kept; give 1 or more, or leave it out")
+        if max_kept is not None and (not isinstance(max_kept, int) or isinstance(max_kept, bool) or max_kept < 1):
+            raise ValueError(f"max_kept={max_kept!r}: at least the active block is kept; give a whole number of 1 or more, or leave it out")
         if every not in ("round", "batch"):
             raise ValueError(f"every={every!r} is not known; use 'round' or 'batch'")
         self.blocks = blocks
@@ -59,6 +61,7 @@ class DepthDropout(Plugin):
         self.scale = scale
         self.targets = targets
         self._dropped: tuple[int, ...] = ()
+        self._told: set[int] = set()
 
     def attach(self, model: nn.Module) -> None:
         self._tower = find_blocks(model, self.blocks)
@@ -124,9 +127,20 @@ class DepthDropout(Plugin):
         count = int(self.rate * len(earlier) + 0.5)
         if self.max_kept is not None:
             count = max(count, present - self.max_kept)
+        if count > len(earlier):
+            self._tell(present - len(earlier))
         count = min(count, len(earlier))
         random = Random(derive(self._visit.seed, self._visit.round, self._visit.client, *purpose, OWNER))
         self._dropped = tuple(sorted(random.sample(earlier, count)))
+
+    def _tell(self, stay: int) -> None:
+        if stay not in self._told:
+            self._told.add(stay)
+            warnings.warn(
+                f"max_kept={self.max_kept}, but {stay} blocks are active or change their input's shape, and stay: name finer blocks, train "
+                "fewer a stage, or give more",
+                stacklevel=2,
+            )
 
     def _mark_absent(self, on: bool) -> None:
         for tower in self._towers:

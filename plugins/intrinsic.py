@@ -94,10 +94,10 @@ class IntrinsicProjection(Plugin):
                 raise ValueError(f"{name}={given!r} is not known; use {' or '.join(map(repr, allowed))}")
         if isinstance(gain, str) and gain not in GAINS:
             raise ValueError(f"gain={gain!r} is not known; use {', '.join(map(repr, GAINS))} or a number")
-        if not isinstance(gain, str) and not 0 < gain < float("inf"):
-            raise ValueError(f"gain={gain}: give a number above 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: give 0 <= momentum < 1")
+        if not isinstance(gain, str) and (isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain < float("inf")):
+            raise ValueError(f"gain={gain!r}: give a number above 0, or {', '.join(map(repr, GAINS))}")
+        if isinstance(momentum, str) or not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum!r}: give 0 <= momentum < 1")
         if down_bits != 32 and not (isinstance(down_bits, int) and 2 <= down_bits <= 8):
             raise ValueError(f"down_bits={down_bits!r}: give 2 to 8, or 32 for float32")
         if down_bits != 32 and serve == "all":
@@ -192,7 +192,8 @@ class IntrinsicProjection(Plugin):
         """Vectors that the client lacks, float32, or the model, where that is less or such old vectors are kept no more.
 
         With the model come the sums of the span under way, so that the client can go on from there with vectors; it is then marked as
-        having those of earlier spans. Where the span's own sums are more than the model, that comes alone; the client has what it had.
+        having those of earlier spans. Where those sums are more than the model, that comes alone, without a mark: the start and the vectors
+        that the client had it still has, and goes on from when it is sent vectors again.
         """
         self._begin_round(visit)
         owed = [span.owed(kept) for span in self._spans]
@@ -206,16 +207,16 @@ class IntrinsicProjection(Plugin):
         earlier, now = (
             _bytes(value for _, sent in some for name, value in sent.items() if name not in kept) for some in (owed[:-1], owed[-1:])
         )
-        model = _bytes(whole.values())
+        model, latest = _bytes(whole.values()), owed[-1][0]
         stranger = (not self.known_start and next(iter(start)) not in kept) or self._past.lacking(kept)
         past = {self._past.marker: nothing} if self._past.count else {}
-        if stranger or earlier >= model:
+        behind = stranger or earlier >= model
+        if (_bytes(value for name, value in latest.items() if name not in kept) if behind else now) >= model:
+            return message | {name: value for name, value in (start | past | sums).items() if name in kept}
+        if behind:
             absent = whole.keys() - held(self._model).keys()  # of blocks that this visit leaves out, and a later one may not
             apart = {f"{PREFIX}.{name}@{visit.round}": whole[name] for name in message if name in absent}
-            latest = owed[-1][0]
             return message | start | past | apart | {name: value if name in latest else value.new_zeros(0) for name, value in sums.items()}
-        if now >= model:
-            return message | past | {name: value for name, value in (start | sums).items() if name in kept}
         return rest | start | past | vectors
 
     def decode_down(self, message: Message, visit: Visit) -> Message:

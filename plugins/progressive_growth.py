@@ -15,7 +15,7 @@ class ProgressiveGrowth(Staged):
     Args:
         blocks: as for :class:`~featherlight.plugins.staged.Staged`, like all that is not explained here.
         warmup_periods: at each growth, train only the newest group and what follows the blocks for this many
-            periods (ProgFed: 25 rounds).
+            periods (ProgFed: 25 rounds); where that is a whole stage, earlier blocks do not train in it.
     """
 
     def __init__(

@@ -31,9 +31,9 @@ class ServerCalibration(Plugin):
     """
 
     def __init__(self, epochs: int = 1, lr_factor: float = 1.0) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs}: give 1 or more, or leave ServerCalibration out")
-        if not lr_factor > 0:
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(f"epochs={epochs}: give a whole number of 1 or more, or leave ServerCalibration out")
+        if not 0 < lr_factor < float("inf"):
             raise ValueError(f"lr_factor={lr_factor}: give a number above 0")
         self.epochs = epochs
         self.lr_factor = lr_factor

@@ -54,19 +54,21 @@ class Staged(Plugin):
         share_prefix: bool = True,
     ) -> None:
         for name, value in (("blocks_per_stage", blocks_per_stage), ("periods_per_stage", periods_per_stage)):
-            counts = [value] if isinstance(value, int) else list(value)
-            if not counts or min(counts) < 1:
+            counts = [value] if isinstance(value, int | float) else list(value)
+            if not counts or any(not isinstance(count, int) or isinstance(count, bool) or count < 1 for count in counts):
                 raise ValueError(f"{name}={value!r}: give a count of at least 1, or a list of such counts")
         if init not in ("random", "copy_previous"):
             raise ValueError(f"init={init!r} is not known; use 'random' or 'copy_previous'")
+        if adapters not in ("auto", "none"):
+            raise ValueError(f"adapters={adapters!r} is not known; use 'auto' or 'none'")
         self.blocks = blocks
         self.blocks_per_stage = blocks_per_stage
         self.periods_per_stage = periods_per_stage
         self.init = init
         self.grow = grow
         self.adapters = adapters
-        self.stem = stem
-        self.tail = tail
+        self.stem = [stem] if isinstance(stem, str) else stem
+        self.tail = [tail] if isinstance(tail, str) else tail
         self.targets = targets
         self.share_prefix = share_prefix
         self._frozen: list[nn.Module] = []

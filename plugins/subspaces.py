@@ -27,7 +27,8 @@ class Span:
     Args:
         number: counted from 0; names: of the parameters; size: D, how many numbers they have.
         position: θ₀ + Σ_k A_k·Σ_k, flat, float32 or wider; on one machine θ₀, or nothing where the parameters say it as exactly.
-        sums: Σ, (K, d), float64; once the span is over float32, or (K, 0) where whoever lacks any of it is sent steps.
+        sums: Σ, (K, d), float64; once the span is over float32, and only of those among the K that anybody may still be sent.
+        rows: once the span is over, which of the K ``sums`` has.
         velocity: what momentum made of past rounds, (K, d), float64; without momentum nothing.
         changed: the last round, before the one under way, in which each of the K changed; −1: none.
         unsent: what quantised steps have left over of Σ, (K, d), float64; where steps are not quantised nothing.
@@ -46,6 +47,7 @@ class Span:
     steps: list[list[int]] = field(default_factory=list)
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     dropped: list[int] = field(default_factory=list)
+    rows: list[int] | None = None
 
     def quantise(self, which: int, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The step that Σ takes in place of ``step``, float64, (d,), and how it travels; what is left over goes to the next one."""
@@ -74,8 +76,9 @@ class Span:
         """Let go what only rounds of the span itself need: what clients that were away may still be sent is left."""
         nothing = torch.zeros(0, dtype=torch.float64)
         self.position, self.velocity, self.unsent = self.position.new_zeros(0), nothing, nothing.clone()
-        whole = {name for name, value in self.owed(())[1].items() if "@" in name and len(value)}
-        self.sums = self.sums.float() if whole or not self.dropped else self.sums.new_zeros(len(self.sums), 0, dtype=torch.float32)
+        whole = {name for name, value in self.owed(())[1].items() if len(value)}
+        self.rows = [which for which, changed in enumerate(self.changed) if f"{PREFIX}.{self.number}.{which}@{changed}" in whole]
+        self.sums = self.sums[self.rows].float()
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors."""
@@ -90,6 +93,12 @@ class Span:
             own[name] = value.to(device, copy=True) if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
         return cls(**own)
 
+    def _sum(self, which: int) -> Tensor:
+        """Σ of ``which``, float32, (d,); empty where the span is over and steps are sent in its place."""
+        if self.rows is None:
+            return self.sums[which].float()
+        return self.sums[self.rows.index(which)] if which in self.rows else self.sums.new_zeros(0)
+
     def owed(self, kept: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The Σ_k that are not 0, float32, by names of their own, and what is sent in their place to a client that has ``kept``:
         themselves, or an empty one beside the steps from what the client has to them."""
@@ -100,13 +109,12 @@ class Span:
                 continue
             part = f"{PREFIX}.{self.number}.{which}"
             name = f"{part}@{changed}"
-            sums[name] = sent[name] = self.sums[which].float()
+            sums[name] = sent[name] = own = self._sum(which)
             if name in kept or not self.dropped:
                 continue
-            has = max((int(own.rpartition("@")[2]) for own in kept if own.startswith(f"{part}@")), default=-1)
+            has = max((int(had.rpartition("@")[2]) for had in kept if had.startswith(f"{part}@")), default=-1)
             steps = self.since(which, has)
-            dim = self.sums.shape[1]
-            if steps is not None and (not dim or sum(len(code) + ENTRY for code in steps.values()) < 4 * dim):
+            if steps is not None and (not len(own) or sum(len(code) + ENTRY for code in steps.values()) < 4 * len(own)):
                 sent[name] = sums[name].new_zeros(0)
                 sent |= {f"{part}+{round}": code for round, code in steps.items()}
         return sums, sent

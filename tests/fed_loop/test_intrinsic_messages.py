@@ -20,7 +20,7 @@ class Client:
 
     def __init__(self, start):
         self.start = dict(start)
-        self.vectors, self.within, self.past = {}, {}, -1
+        self.vectors, self.within, self.past, self.kept = {}, {}, -1, set()
 
 
 class Literal(IntrinsicProjection):
@@ -42,7 +42,8 @@ class Literal(IntrinsicProjection):
         own = {name: value for name, value in message.items() if name.startswith("intrinsic.")}
         rest = {name: value for name, value in message.items() if name not in own}
         model = {name: value.double() for name, value in rest.items() if name in self._names}
-        marks = {}
+        marks, alone = {}, client.kept.issuperset(own)  # of intrinsic entries nothing came
+        client.kept = set(own)
         for name in sorted(name for name in own if "+" in name):
             part, _, _ = name.removeprefix("intrinsic.").partition("+")
             key = tuple(map(int, part.split(".")))
@@ -57,7 +58,7 @@ class Literal(IntrinsicProjection):
             elif middle != "start":
                 marks[tuple(map(int, middle.split(".")))] = value.double()
         client.vectors |= {key: value for key, value in marks.items() if len(value)}
-        if model and not own:
+        if model and alone:
             self._told["alone"] += 1
             return rest
         if model:  # with all that was done up to now: of the span under way so much as its vectors say
@@ -96,6 +97,24 @@ WAYS = {
     "unknown start": ({"dim": 20, "known_start": False}, [], {"vectors", "model"}),
     "unknown start, spans": ({"dim": 20, "known_start": False, "periods_per_span": 3}, [], {"vectors", "model"}),
     "more vectors than parameters": ({"dim": 150, "subspaces": 4, "serve": "all"}, [], {"vectors", "alone"}),
+    "more vectors than parameters, unknown start": (
+        {"dim": 150, "subspaces": 4, "known_start": False, "periods_per_span": 4},
+        [],
+        {"vectors", "model", "alone"},
+        16,
+    ),
+    "more vectors than parameters, freezing": (
+        {"dim": 100, "subspaces": 4, "periods_per_span": 3},
+        [lambda: LayerFreezing("blocks.*", periods_per_stage=5)],
+        {"vectors", "model", "alone"},
+        16,
+    ),
+    "more steps than parameters": (
+        {"dim": 150, "subspaces": 6, "down_bits": 8, "known_start": False, "periods_per_span": 6},
+        [],
+        {"vectors", "steps", "model", "alone"},
+        18,
+    ),
     "in steps of 4 bits": ({"dim": 80, "down_bits": 4}, [], {"vectors", "steps"}),
     "in steps of 8 bits, momentum": ({"dim": 80, "down_bits": 8, "momentum": 0.5, "subspaces": 2}, [], {"vectors", "steps"}),
     "in steps of 3 bits, time-varying": ({"dim": 60, "down_bits": 3, "periods_per_span": 2}, [], {"vectors", "steps"}),

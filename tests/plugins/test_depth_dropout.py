@@ -333,12 +333,23 @@ def test_detach_leaves_an_ordinary_model(make_tiny, images):
         ({"rate": 1.0}, r"rate=1\.0 is not a share of blocks to leave out; give 0 <= rate < 1"),
         ({"rate": -0.1}, r"rate=-0\.1"),
         ({"max_kept": 0}, r"max_kept=0: at least the active block is kept"),
+        ({"max_kept": 1.5}, r"max_kept=1\.5: .* give a whole number"),
         ({"every": "epoch"}, r"every='epoch' is not known; use 'round' or 'batch'"),
     ],
 )
 def test_mistakes_are_answered(arguments, says):
     with pytest.raises(ValueError, match=says):
         DepthDropout(**arguments)
+
+
+def test_what_max_kept_cannot_do_is_told_once(make_resnet, recwarn):
+    plugin = attached(make_resnet(), blocks="layer*", rate=0.0, max_kept=2)  # only layer1 keeps its input's shape
+    for client in range(3):
+        plugin.visit(Visit(0, client))
+        assert plugin._dropped == (0,)
+    told = [str(one.message) for one in recwarn if "max_kept" in str(one.message)]
+    assert len(told) == 1
+    assert told[0].startswith("max_kept=2, but 3 blocks are active or change their input's shape, and stay: name finer blocks")
 
 
 def test_blocks_that_identity_cannot_replace_are_answered_with_finer_ones(make_resnet):

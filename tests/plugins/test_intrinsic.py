@@ -95,6 +95,8 @@ def visit_round(plugin, round, clients, kept=(), seed=0, kept_by=None):
         ({"down_bits": 4, "serve": "all"}, "down_bits=4 sends the steps that clients lack, and serve='all' everything"),
         ({"gain": 0.0}, r"gain=0.0: give a number above 0"),
         ({"gain": float("nan")}, "gain=nan: give a number above 0"),
+        ({"gain": None}, "gain=None: give a number above 0"),
+        ({"momentum": "0.9"}, "momentum='0.9': give 0 <= momentum < 1"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -1,12 +1,14 @@
 """Terms that hold a model against what was received: formulas by hand, and who gets gradients."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 from featherlight.plugins import MOON, Clock, LayerFreezing, Proximal, RepresentationAlignment, Visit
+from featherlight.plugins.chain import Chain
 from featherlight.plugins.representations import Representations
 from featherlight.plugins.step_cost import StepMeter
 
@@ -118,6 +120,53 @@ def test_alignment_is_the_formula(form, together, batch):
         assert (value.grad is None) == (other.grad is None), name
         assert value.grad is None or torch.allclose(value.grad, other.grad, atol=1e-6), name
     assert all(copied.grad is None for copied in plugin.copies())
+
+
+class Narrowing(nn.Module):
+    """Blocks of different widths, behind which a stage's adapter stands: the model's own module, outside the encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(4, 8)))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+@pytest.mark.parametrize("moved", ["width_adapters", "encoder", "head"])
+def test_an_adapter_of_the_stage_is_the_received_one_too(moved):
+    model = Narrowing()
+    chain = Chain([LayerFreezing("encoder.*"), plugin := RepresentationAlignment(form="cosine", through=THROUGH)])
+    chain.attach(model)
+    chain.advance(Clock(0))
+    chain.visit(Visit(0))
+    chain.receive(Visit(0))
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    start, terms = model(x).detach(), []
+    for _ in range(2):
+        chain.before_forward(Clock(0))
+        z = model(x)
+        terms.append(chain.extra_loss(model, (x,)))
+        chain.after_step(Clock(0))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if name.startswith(moved):
+                    value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    assert abs(float(terms[0])) < 1e-6
+    wanted = (1 - torch.cosine_similarity(z, start)).mean()
+    assert float(wanted) > 0.01
+    assert torch.allclose(terms[1], wanted, atol=1e-6)
+    assert any(name.startswith("width_adapters.0") for name in plugin._received)
+
+
+def test_a_copy_of_the_encoder_copies_no_more_than_that(batch):
+    """As fine-tuning does while the plugins are attached, whatever else the module holds."""
+    model = Model()
+    model.lock = threading.Lock()  # cannot be copied
+    plugin = RepresentationAlignment(through=THROUGH)
+    received_of(model, plugin)
+    assert torch.is_tensor(copy.deepcopy(model.encoder)(batch[0][0]))
 
 
 def test_without_movement_the_model_is_where_it_is_pulled_to(batch):

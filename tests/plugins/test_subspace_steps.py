@@ -135,7 +135,7 @@ def test_spans_go_once_the_model_is_less_than_what_came_since():
 def test_a_finished_span_has_what_may_still_be_sent():
     whole, small = one_of(0), one_of(0, bits=4)
     assert whole.sums.dtype == torch.float32
-    assert nbytes([whole.sums]) == 2 * 4 * DIM
+    assert nbytes([whole.sums]) == 4 * DIM  # of the one that moved
     assert not nbytes([whole.position, whole.velocity, whole.unsent])
     assert list(whole.owed(())[1]) == ["intrinsic.0.0@0"]
     big = span()
@@ -146,16 +146,22 @@ def test_a_finished_span_has_what_may_still_be_sent():
     big.changed = [-1, 5]
     before = {name: value for name, value in big.owed(())[1].items() if len(value)}
     big.finish()
-    assert big.sums.shape == (2, 0)  # whoever lacks it is sent the step
+    assert not nbytes([big.sums])  # whoever lacks it is sent the step
     after = {name: value for name, value in big.owed(())[1].items() if len(value)}
     assert before.keys() == after.keys() == {"intrinsic.0.1+5"}
-    assert small.sums.shape == (2, DIM)  # with its name the step is longer than the sum
+    assert nbytes([small.sums]) == 4 * DIM  # with its name the step is longer than the sum
+    for own in (whole, small, big):
+        again = Span.of(own.state(), torch.device("cpu"))
+        assert {name: value.tolist() for name, value in again.owed(())[1].items()} == {
+            name: value.tolist() for name, value in own.owed(())[1].items()
+        }
 
 
-def test_memory_and_messages_do_not_grow_with_spans():
-    """A span a round, each 300 of 400 numbers in 8 bits: what is kept stays below two of the model's size."""
-    model = nn.Linear(20, 20, bias=False)
-    plugin, server = IntrinsicProjection(300, periods_per_span=1, down_bits=8), {"weight": model.weight}
+@pytest.mark.parametrize("options", [{"down_bits": 8}, {}, {"subspaces": 4, "draw": "round"}], ids=["steps", "sums", "of 4"])
+def test_memory_and_messages_do_not_grow_with_spans(options):
+    """A span a round, each 300 of 900 numbers: what is kept of those that are over is at most two vectors of the model's size."""
+    model = nn.Linear(30, 30, bias=False)
+    plugin, server = IntrinsicProjection(300, periods_per_span=1, **options), {"weight": model.weight}
     plugin.attach(model)
     kept: dict[int, set[str]] = {0: set(), 1: set()}
     sizes, lengths, whole = [], [], []
@@ -163,17 +169,20 @@ def test_memory_and_messages_do_not_grow_with_spans():
         served = plugin.encode_down(server, Visit(round, 0), kept[0])
         kept[0] = {name for name in served if name != "weight"}
         plugin.encode({"weight": torch.zeros_like(model.weight)}, Visit(round, 0))
-        lift = plugin.lift({"intrinsic.z": torch.full((300,), 0.1)}, Clock(round, 0))
+        z = torch.zeros(plugin.subspaces, 300)
+        z[plugin._which(Visit(round, 0))] = 0.1
+        lift = plugin.lift({"intrinsic.z": z.view(-1) if plugin.subspaces == 1 else z}, Clock(round, 0))
         with torch.no_grad():
             model.weight += lift["weight"]
         plugin.settle(model, Clock(round, 0))
         plugin.arrive([Visit(round, 0)])
         state = plugin.state_dict()
-        sizes.append(sum(nbytes(value for value in one.values() if isinstance(value, torch.Tensor)) for one in state["spans"]))
+        over = [value for one in state["spans"][:-1] for value in one.values() if isinstance(value, torch.Tensor)]
+        sizes.append(nbytes(over))
         lengths.append(len(served))
         whole.append("weight" in served)
-        assert "weight" in plugin.encode_down(server, Visit(round, 1), kept[1]) or round < 8
-    assert not any(whole)  # who is there in every round is sent steps
-    assert max(sizes[10:]) == max(sizes)
+        assert "weight" in plugin.encode_down(server, Visit(round, 1), kept[1]) or round < 15
+    assert not any(whole)  # who is there in every round is sent steps or sums
+    assert max(sizes) <= 2 * nbytes([model.weight])
     assert max(sizes[20:]) == max(sizes[10:20])
-    assert max(lengths) < 12
+    assert max(lengths[20:]) == max(lengths[10:20])
