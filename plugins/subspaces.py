@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +14,8 @@ from featherlight.plugins.quantization import most, pack, quantised, unpack
 from featherlight.plugins.seeds import derive
 
 PREFIX = "intrinsic"
+GAINS = {"length": 0.5, "projection": 1.0, "unbiased": 0.0}
+"""Gains by name, as powers of d/D."""
 ENTRY = 72
 """Bytes that a message takes to say an entry's name, type, shape and place, about."""
 
@@ -44,6 +46,17 @@ class Span:
     steps: list[list[int]] = field(default_factory=list)
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     dropped: list[int] = field(default_factory=list)
+
+    @classmethod
+    def begun(cls, number: int, names: list[str], size: int, position: Tensor, sums: tuple[int, int], momentum: bool, steps: bool) -> Span:
+        """One of whose sums, (K, d) as told, nothing has changed yet, with ``momentum``, and quantised ``steps``, or without."""
+        zeros, never = torch.zeros(sums, dtype=torch.float64, device=position.device), [-1] * sums[0]
+        velocity, unsent = (zeros.clone() if wanted else zeros[:0].clone() for wanted in (momentum, steps))
+        return cls(number, names, size, position, zeros, velocity, never, unsent, dropped=list(never) if steps else [])
+
+    def close(self) -> None:
+        """The next one begins: only the sums are needed any more, by those who were away."""
+        self.position, self.velocity, self.unsent = self.position.new_zeros(0), self.sums[:0].clone(), self.sums[:0].clone()
 
     def quantise(self, which: int, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The step that Σ takes in place of ``step``, float64, (d,), and how it travels; what is left over goes to the next one."""
@@ -100,6 +113,36 @@ class Span:
                 sent[name] = sums[name].new_zeros(0)
                 sent |= {f"{part}+{round}": code for round, code in steps.items()}
         return sums, sent
+
+
+def check_gain(gain: float | str) -> None:
+    """Refuse a gain that is none.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(gain, str) and gain not in GAINS:
+        raise ValueError(f"gain={gain!r} is not known; use {', '.join(map(repr, GAINS))} or a number")
+    if not isinstance(gain, str) and not 0 < gain < float("inf"):
+        raise ValueError(f"gain={gain}: give a number above 0")
+
+
+def gain_of(gain: float | str, dim: int, size: int) -> float:
+    """γ for d = ``dim`` of D = ``size``."""
+    return (dim / size) ** GAINS[gain] if isinstance(gain, str) else gain
+
+
+def told(spans: Sequence[Span]) -> dict[str, Any]:
+    """Which parameters each span trains, as plain data."""
+    sets = list(dict.fromkeys(tuple(span.names) for span in spans))
+    return {"names": sets, "spans": [sets.index(tuple(span.names)) for span in spans]}
+
+
+def heard(told: Mapping[str, Any], sizes: Mapping[str, int], dim: int, device: torch.device) -> list[Span]:
+    """From :func:`told`: spans of whose sums nothing is known yet."""
+    nothing = torch.zeros(0, dim, dtype=torch.float64, device=device)
+    names = [list(told["names"][of]) for of in told["spans"]]
+    return [Span(number, own, sum(sizes[name] for name in own), nothing, nothing, nothing) for number, own in enumerate(names)]
 
 
 def step_bytes(dim: int, bits: int) -> int:
