@@ -5,20 +5,24 @@ import math
 import pytest
 import torch
 
+from featherlight import plugins as exported
 from featherlight.fed_loop.away import Belongings
 from featherlight.plugins import (
     MOON,
+    Chain,
     DepthDropout,
     FedEMA,
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
+    Plugin,
     PrismSampling,
     ProgressiveGrowth,
     Proximal,
     Quantization,
     RepresentationAlignment,
+    ServerCalibration,
     TopK,
 )
 
@@ -70,6 +74,23 @@ def test_weights_and_bytes_are_the_built_in_loop_s(way, both, same, figures):
     same(here, away)
     assert figures(one) == figures(other)
     assert len(mail.asked) == 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_calibration_is_the_server_s_own(ssl, digits, federation, mail, same, figures):
+    plugins = lambda: [LayerFreezing("backbone.blocks.*"), ServerCalibration()]  # noqa: E731
+    here, away, data = ssl("simclr"), ssl("simclr"), digits(num_clients=2, limit_train=70, server_fraction=0.4)
+    one = federation(2).run(here, data, plugins())
+    other = federation(2).run(away, data, plugins(), carrier=mail(federation(2), lambda: ssl("simclr"), data, plugins))
+    same(here.state_dict(), away.state_dict())
+    assert figures(one) == figures(other)
+
+
+def test_every_method_is_tried_here():
+    kinds = {kind for name in exported.__all__ if isinstance(kind := getattr(exported, name), type) and issubclass(kind, Plugin)}
+    tried = {type(plugin) for way in WAYS.values() for plugin in way()} | {ServerCalibration, PartitionedTraining}
+    elsewhere = {IntrinsicProjection}  # tests/fed_loop/test_intrinsic_messages.py: equal to rounding
+    assert kinds - {Plugin, Chain} == tried | elsewhere
 
 
 def test_clients_that_drop_out_take_as_many_steps(both, same, figures):
