@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 
 COMMANDS = {
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(import_module("featherlight").__version__)
         sys.exit(0)
     if command not in COMMANDS:
-        fail(f"there is no command {command!r}; commands: {', '.join(COMMANDS)}")
+        near = get_close_matches(command, [*COMMANDS], 1)
+        fail(f"there is no command {command!r}{f' (is it {near[0]}?)' if near else ''}; commands: {', '.join(COMMANDS)}")
     module = "lightning_run" if command in ("fit", "validate", "test") else command
     if "-h" in rest or "--help" in rest:
         print("finding all options takes some seconds", file=sys.stderr, flush=True)  # Lightning alone takes most of them

@@ -12,6 +12,17 @@ ALTERNATIVES = (re.compile(r"Expected a <class 'NoneType'>"), re.compile(r"Expec
 """What is said of the other things that an option might have been."""
 
 
+WHOLE = (
+    (
+        re.compile(r"Option 'federation\..*' is not accepted"),
+        "the file configures a federation: it is for featherlight federate, cost or compare",
+    ),
+    (re.compile(r"Option 'trainer\..*' is not accepted"), "the file configures a Trainer: it is for featherlight fit, cost or compare"),
+    (re.compile(r'Parser key "config": File does not exist: (.*)'), r"cannot read \1: there is no such file"),
+)
+"""What is said of a file, and how a person says it."""
+
+
 def innermost(text: str, most: int = 240) -> str:
     """One line of ``text``.
 
@@ -27,6 +38,9 @@ def innermost(text: str, most: int = 240) -> str:
         ...   Given value: many''')
         'data.num_clients: expected an int, got many'
     """
+    for pattern, plain in WHOLE:
+        if found := pattern.fullmatch(" ".join(text.split())):
+            return found.expand(plain)
     if not LAYERS.search(text) and not text.startswith("Parser key"):
         return " ".join(text.split())
     keys: list[str] = []

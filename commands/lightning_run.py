@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import sys
@@ -24,7 +25,7 @@ from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.logging_ends import check_installed, ended, offline_without_key
-from featherlight.commands.run_logs import log_end, takers
+from featherlight.commands.run_logs import draw_stages, log_end, takers
 from featherlight.commands.slots import HELP, spelled_out
 from featherlight.commands.tables import metrics_line
 from featherlight.commands.trainer_checkpoint import WholeFiles, check_readable, check_same_run, existing, read_newest
@@ -131,6 +132,7 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
         cli.datamodule.setup("fit")
         for probe in probes:
             probe.check(cli.datamodule)
+    plugins = copy.deepcopy([callback.plugin for callback in cli.trainer.callbacks if isinstance(callback, PluginCallback)])
     with ended(cli.trainer.loggers), _interrupts_told(cli.trainer, checkpoints):
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
         monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, CostMonitor))  # type: ignore[attr-defined]
@@ -141,7 +143,10 @@ def fit(arguments: list[str], folder: Path | None, resume: bool) -> tuple[dict[s
             for logger in cli.trainer.loggers if metrics else []:
                 logger.log_metrics(metrics, step=cli.trainer.global_step)
                 logger.save()
-            log_end(cli.trainer.loggers, monitor.table, [], cli.trainer.global_step)
+            drawn, untold = draw_stages(lambda: _build(cli, "model"), plugins, monitor.table, folder / "timeline.png")
+            for why in untold:
+                print(why, file=sys.stderr)
+            log_end(cli.trainer.loggers, monitor.table, drawn, cli.trainer.global_step)
     if cli.trainer.is_global_zero:
         write_text(folder / "cost.json", json.dumps(monitor.table.to_json(), indent=2))
         write_text(folder / "result.json", json.dumps({"metrics": metrics}, indent=2))

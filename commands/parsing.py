@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,14 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_with_near(str(error), parser)) from error
+
+
+def _with_near(text: str, parser: ArgumentParser) -> str:
+    """What was wrong, and where an option is unknown the one that is most like it."""
+    unknown = re.match(r"unrecognized arguments: (--[\w.]+)", text)
+    near = get_close_matches(unknown[1], [*parser._option_string_actions], 1) if unknown else []
+    return f"{text} (is it {near[0]}?)" if near else text
 
 
 def is_federated(path: str | Path) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 
-from featherlight.commands.run_pictures import label_counts, labels_figure, save, timeline_figure
+from featherlight.commands.run_pictures import label_counts, labels_figure, save, stages_figure, timeline_figure
+from featherlight.plugins import Plugin
 from featherlight.plugins.cost_table import FIELDS, CostTable
 
 if TYPE_CHECKING:
@@ -42,6 +43,25 @@ def draw_run(parts: Parts, federation: Federation, data: Any, result: Result) ->
     if result.history:
         drawn.append(save(timeline_figure(told, result.history, result.cost), federation.folder / "timeline.png"))
     return drawn, untold
+
+
+def draw_stages(make_module: Callable[[], Any], plugins: Sequence[Plugin], cost: CostTable, path: Path) -> tuple[list[Path], list[str]]:
+    """Draw a Trainer's run; what is returned is as of :func:`draw_run`.
+
+    Args:
+        plugins: attached to nothing.
+    """
+    from featherlight.fed_loop import Federation
+    from featherlight.fed_loop.timeline import timeline
+
+    epochs, told, untold = int(cost.total()["rounds"]), None, []
+    if not epochs:
+        return [], []
+    try:
+        told = timeline(Federation(rounds=epochs, seed=0), make_module, 1, plugins)
+    except Exception as error:  # as above
+        untold.append(f"{path.name} shows cost alone: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return [save(stages_figure(told, cost), path)], untold
 
 
 def log_end(loggers: Iterable[Logger], cost: CostTable, pictures: Sequence[Path], step: int) -> None:

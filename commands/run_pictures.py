@@ -104,6 +104,32 @@ def timeline_figure(told: Timeline | None, history: Sequence[Mapping[str, float]
     return figure
 
 
+def stages_figure(told: Timeline | None, cost: CostTable) -> Figure:
+    """A Trainer's run: which parts of the model train in each epoch, if told, and under it what a step holds, and an epoch computes."""
+    figure = figure_of(9.0, 4.2 + 0.2 * min(len(told.parts) if told else 0, MOST_ROWS))
+    heights = [max(1.6, 0.13 * len(told.parts))] if told else []
+    panels = figure.subplots(len(heights) + 2, 1, sharex=True, gridspec_kw={"height_ratios": [*heights, 1, 1]})
+    rows = [row for row in cost.rows() for _ in range(int(row["rounds"]))]
+    if told:
+        _draw_parts(panels[0], told, len(rows))
+    *_, memory, compute = panels
+    for name, colour, label in (("peak_bytes", "black", "peak"), ("saved_bytes", DOWN, "kept for backward")):
+        memory.stairs([row[name] / 2**20 for row in rows], _edges(range(len(rows))), baseline=None, color=colour, linewidth=2, label=label)
+    forward, both = ([sum(row[f"flops_{way}"] for way in ways) / 1e9 for row in rows] for ways in (["forward"], ["forward", "backward"]))
+    compute.stairs(forward, _edges(range(len(rows))), fill=True, color=DOWN, label="forward")
+    compute.stairs(both, _edges(range(len(rows))), baseline=forward, fill=True, color=UP, label="backward")
+    memory.set_ylabel("MiB of a step")
+    compute.set_ylabel("GFLOPs an epoch")
+    compute.set_xlabel("epoch")
+    compute.set_xlim(-0.5, len(rows) - 0.5)
+    for panel in (memory, compute):
+        panel.set_ylim(bottom=0)
+        panel.grid(axis="y", alpha=0.3)
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels[0].set_title("what trains, holds and computes, by epoch" if told else "what a step holds and an epoch computes, by epoch")
+    return figure
+
+
 def _draw_parts(panel: Axes, told: Timeline, rounds: int) -> None:
     """A row a part, from the input up; a colour is the lighter the fewer of the round's clients it is true of."""
     from matplotlib.patches import Patch

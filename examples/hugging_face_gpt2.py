@@ -29,7 +29,8 @@ class GPT2(L.LightningModule):
 
 
 def ways(epochs: int, depth: int) -> Ways:
-    """Two stages of half the blocks each. PriSM takes apart ``nn.Linear`` and convolutions; GPT-2's layers are transformers' own Conv1D."""
+    """Two stages of half the blocks each. PriSM takes apart ``nn.Linear`` and convolutions; GPT-2's layers are transformers' own Conv1D.
+    Alignment wants submodules that make one tensor of one; GPT-2's have other arguments, too."""
     stages = {"blocks": "model.transformer.h.*", "blocks_per_stage": depth // 2, "periods_per_stage": max(1, epochs // 2)}
     return {
         "LayerFreezing": lambda: [LayerFreezing(**stages)],

@@ -12,11 +12,10 @@ from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from lightly.utils.scheduler import cosine_schedule
-from shared import Ways, arguments, compare, pictures
+from lightly_simclr import ways  # its backbone, and so its callbacks, are the same
+from shared import arguments, compare, pictures
 from torch import nn
 from torchvision.models import resnet18
-
-from featherlight.callbacks import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
 
 
 class BYOL(L.LightningModule):
@@ -47,19 +46,6 @@ class BYOL(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.06)
-
-
-def ways(epochs: int) -> Ways:
-    """The backbone is a Sequential, in which the four groups of residual blocks are the children 4 to 7."""
-    stages = {"blocks": "backbone.[4-7]", "periods_per_stage": max(1, epochs // 4)}
-    return {
-        "LayerFreezing": lambda: [LayerFreezing(**stages)],
-        "LayerFreezing + DepthDropout": lambda: [LayerFreezing(**stages), DepthDropout(blocks="backbone.[4-7].*", rate=0.5)],
-        "ProgressiveGrowth": lambda: [ProgressiveGrowth(**stages)],
-        "DepthDropout": lambda: [DepthDropout(blocks="backbone.[4-7].*", rate=0.5)],
-        "PrismSampling": lambda: [PrismSampling(keep=0.2)],
-        "IntrinsicProjection": lambda: [IntrinsicProjection(dim=16384, projection="sparse_signs")],
-    }
 
 
 def main():

@@ -12,7 +12,14 @@ from shared import Ways, arguments, compare, pictures
 from torch import nn
 from torchvision.models import resnet18
 
-from featherlight.callbacks import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.callbacks import (
+    DepthDropout,
+    IntrinsicProjection,
+    LayerFreezing,
+    PrismSampling,
+    ProgressiveGrowth,
+    RepresentationAlignment,
+)
 
 
 class SimCLR(L.LightningModule):
@@ -43,6 +50,7 @@ def ways(epochs: int) -> Ways:
         "DepthDropout": lambda: [DepthDropout(blocks="backbone.[4-7].*", rate=0.5)],
         "PrismSampling": lambda: [PrismSampling(keep=0.2)],
         "IntrinsicProjection": lambda: [IntrinsicProjection(dim=16384, projection="sparse_signs")],
+        "RepresentationAlignment": lambda: [RepresentationAlignment(through="backbone")],
     }
 
 

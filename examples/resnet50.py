@@ -9,7 +9,14 @@ from shared import Ways, arguments, compare, pictures, tensor
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet50
 
-from featherlight.callbacks import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.callbacks import (
+    DepthDropout,
+    IntrinsicProjection,
+    LayerFreezing,
+    PrismSampling,
+    ProgressiveGrowth,
+    RepresentationAlignment,
+)
 
 
 class ResNet50(L.LightningModule):
@@ -36,6 +43,7 @@ def ways(epochs: int) -> Ways:
         "DepthDropout": lambda: [DepthDropout(**inner)],
         "PrismSampling": lambda: [PrismSampling(keep=0.2)],
         "IntrinsicProjection": lambda: [IntrinsicProjection(dim=65536, projection="sparse_signs")],
+        "RepresentationAlignment": lambda: [RepresentationAlignment(through="model")],
     }
 
 

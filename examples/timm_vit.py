@@ -9,7 +9,14 @@ import torch
 from shared import Ways, arguments, compare, pictures, tensor
 from torch.nn.functional import cross_entropy
 
-from featherlight.callbacks import DepthDropout, IntrinsicProjection, LayerFreezing, PrismSampling, ProgressiveGrowth
+from featherlight.callbacks import (
+    DepthDropout,
+    IntrinsicProjection,
+    LayerFreezing,
+    PrismSampling,
+    ProgressiveGrowth,
+    RepresentationAlignment,
+)
 
 
 class VisionTransformer(L.LightningModule):
@@ -35,6 +42,7 @@ def ways(epochs: int) -> Ways:
         "DepthDropout": lambda: [DepthDropout(blocks="model.blocks.*", rate=0.5)],
         "PrismSampling": lambda: [PrismSampling(keep=0.2, attention=True)],
         "IntrinsicProjection": lambda: [IntrinsicProjection(dim=16384)],
+        "RepresentationAlignment": lambda: [RepresentationAlignment(through="model")],
     }
 
 

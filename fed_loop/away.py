@@ -37,6 +37,7 @@ class Request(NamedTuple):
         holds: what the client still has, by the server's ledger, with versions; keeps: what it keeps behind its turn.
         memory: the round at whose end it made the memory that counts, or :data:`NONE_YET`.
         progress: how far it gets, from 0 to 1, if it is to drop out.
+        told: what plugins tell of the schedule so far.
     """
 
     visit: Visit
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     keeps: dict[str, int]
     memory: int = NONE_YET
     progress: float | None = None
+    told: dict[str, Any] = {}  # noqa: RUF012  never written to
 
     def header(self) -> str:
         """All but the payload, as JSON."""
@@ -91,7 +93,7 @@ class Belongings:
 
     Args:
         kept: entries that the server need not send again, with ``versions``.
-        received: the model as it came last, where a method counts on it.
+        received: the model as it came last, where a method counts on it, and what the method notes beside it.
         memories: what plugins remember, by the round at whose end: of the last turn, and of the last one before it that the server took.
     """
 
@@ -194,7 +196,7 @@ class AwayRounds:
         memory = int(memories[visit.client]["round"]) if visit.client in memories else NONE_YET
         share = self._settings.dropout
         progress = dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
-        return Request(visit, offer.payload, holds, offer.kept, memory, progress)
+        return Request(visit, offer.payload, holds, offer.kept, memory, progress, self._trainees.own.chain.tell())
 
     def _arrived(self, reply: Reply, visit: Visit, sent: Sent, limit: int) -> tuple[Turn, Message, Message]:
         turn, payload = reply.turn, reply.payload

@@ -60,13 +60,14 @@ class AwayClient:
         if any(own.versions.get(name) != version for name, version in request.holds.items()) or not _remembers(own, request.memory):
             return Reply(Turn(visit.client), lost=True), Belongings()
         self._own.begin(Clock(visit.round, 0))
+        self._chain.hear(request.told, visit)
         trainee = self._trainees.of(visit)
         plan = trainee.plan(visit)
         message = unpack(request.payload)
         if trainee.chain.rebuilds:
             before = self._first | own.received
             entries = trainee.chain.rebuild(message, before, visit)
-            received = before | {name: value for name, value in entries.items() if name in before}
+            received = {name: before[name] for name in self._first} | entries
         else:
             entries, received = trainee.chain.decode_down(message, visit), {}
         if missing := [name for name in plan.received if name not in entries and name not in own.kept]:

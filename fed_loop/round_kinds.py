@@ -127,6 +127,13 @@ def check_away(partition: Partition | None, chain: Chain) -> None:
             "a model divided between device and server does not run with clients in processes of their own: both step through a batch "
             "together, and what they exchange has no road there yet; use the built-in loop"
         )
+    moving = [type(plugin).__name__ for plugin in chain.plugins if plugin.moves]
+    summed = [type(plugin).__name__ for plugin in chain.plugins if not plugin.ordinary_server]
+    if moving and summed:
+        raise ValueError(
+            f"{moving[0]} begins stages with other weights (init='copy_previous'), which clients in processes of their own cannot work out "
+            f"of {summed[0]}'s sums: use init='random', or the built-in loop"
+        )
 
 
 class _Whole:

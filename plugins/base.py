@@ -91,6 +91,11 @@ class Plugin:
         """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""
         return False
 
+    @property
+    def moves(self) -> bool:
+        """Whether :meth:`advance` changes weights, as where a stage begins with a copy."""
+        return False
+
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         """Resolve names in ``model`` and prepare it. Existing ``state_dict`` keys never change."""
@@ -188,9 +193,18 @@ class Plugin:
 
         Args:
             before: the model's entries as this client had them, brought up to date, in its last turn, or, before its first, as every client
-                makes the model; blocks that it leaves out included.
+                makes the model; blocks that it leaves out included; and what this verb gave then under names of its own.
         """
         return self.decode_down(message, visit)
+
+    def tell(self) -> dict[str, Any]:
+        """The server's side: what a client in a process of its own could work out from configuration and schedule, had it seen every
+        round, as plain data that JSON can hold. Asked behind :meth:`encode_down`; it is no part of the message."""
+        return {}
+
+    def hear(self, news: dict[str, Any], visit: Visit) -> None:
+        """The client's side, behind :meth:`advance` and before :meth:`visit`: what :meth:`tell` gave. Not called where the server's
+        instance is in the same process."""
 
     def encode(self, message: Message, visit: Visit) -> Message:
         """A client's side: select, project or quantise the entries of its update."""

@@ -204,6 +204,13 @@ class Chain(Plugin):
             message = plugin.rebuild(message, before, visit)
         return message
 
+    def tell(self) -> dict[str, Any]:
+        return {str(place): told for place, plugin in enumerate(self.plugins) if (told := plugin.tell())}
+
+    def hear(self, news: dict[str, Any], visit: Visit) -> None:
+        for place, own in news.items():
+            self.plugins[int(place)].hear(own, visit)
+
     def encode(self, message: Message, visit: Visit) -> Message:
         for plugin in self.plugins:
             message = plugin.encode(message, visit)

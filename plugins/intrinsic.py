@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit
+from featherlight.plugins.lifted import lifted
 from featherlight.plugins.present import held
 from featherlight.plugins.projections import PROJECTIONS, Projection
 from featherlight.plugins.seeds import derive
-from featherlight.plugins.subspaces import PREFIX, Maps, Past, Span, step_bytes
+from featherlight.plugins.subspaces import PREFIX, Maps, Past, Span, check_gain, gain_of, heard, step_bytes, told
 from featherlight.plugins.subspaces import nbytes as _bytes
 from featherlight.plugins.targets import find_targets
-
-GAINS = {"length": 0.5, "projection": 1.0, "unbiased": 0.0}
-"""Gains by name, as powers of d/D."""
 
 
 class IntrinsicProjection(Plugin):
@@ -62,7 +60,6 @@ class IntrinsicProjection(Plugin):
     """
 
     same_for_all = True
-    stays_here = "there a client would have to lift what it is sent by itself, and here it takes the server's sum; use the built-in loop"
     ordinary_server = False  # its weights are θ₀ + A·Σ, and nothing else would reach clients
 
     def __init__(
@@ -92,10 +89,7 @@ class IntrinsicProjection(Plugin):
         ):
             if given not in allowed:
                 raise ValueError(f"{name}={given!r} is not known; use {' or '.join(map(repr, allowed))}")
-        if isinstance(gain, str) and gain not in GAINS:
-            raise ValueError(f"gain={gain!r} is not known; use {', '.join(map(repr, GAINS))} or a number")
-        if not isinstance(gain, str) and (isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain < float("inf")):
-            raise ValueError(f"gain={gain!r}: give a number above 0, or {', '.join(map(repr, GAINS))}")
+        check_gain(gain)
         if isinstance(momentum, str) or not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r}: give 0 <= momentum < 1")
         if down_bits != 32 and not (isinstance(down_bits, int) and 2 <= down_bits <= 8):
@@ -177,7 +171,7 @@ class IntrinsicProjection(Plugin):
                 change = value - before
                 value.copy_(before)
                 before.copy_(change)
-            z = operator.project_(flat) * self._gain(flat.numel())
+            z = operator.project_(flat) * gain_of(self.gain, self.dim, flat.numel())
             self._moved += z
             anchored = len(span.position) > 0
             operator.lift(self._moved.to(flat) if anchored else z, out=flat)
@@ -225,6 +219,20 @@ class IntrinsicProjection(Plugin):
         if not message.keys().isdisjoint(self._spans[-1].names):
             return rest
         return rest | self._split(self._spans[-1].position)
+
+    def tell(self) -> dict[str, Any]:
+        return told(self._past, self._spans)
+
+    def hear(self, news: dict[str, Any], visit: Visit) -> None:
+        sizes = {name: value.numel() for name, value in self._model.named_parameters()}
+        self._past, self._spans = heard(news, sizes, self.dim, next(self._model.parameters()).device)
+        self._round, self._seed = visit.round, visit.seed
+
+    def rebuild(self, message: Message, before: Message, visit: Visit) -> Message:
+        """θ₀ + Σ_k A_k·Σ_k, lifted: the server's weights, to rounding."""
+        entries = lifted(message, before, self._past, self._spans, self._maps, self._seed, self.down_bits)
+        self._spans[-1].position = self._flat(entries).to(self._spans[-1].sums.device)
+        return entries
 
     # -- federated: up --------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
@@ -336,7 +344,7 @@ class IntrinsicProjection(Plugin):
         if not any(bool(value.any()) for value in values.values()):  # so does a host at every round's beginning, with zeros
             return first.new_zeros(self.dim)
         change = self._flat(values)
-        return self._map(self._spans[-1].number, self._which(visit)).project_(change) * self._gain(change.numel())
+        return self._map(self._spans[-1].number, self._which(visit)).project_(change) * gain_of(self.gain, self.dim, change.numel())
 
     def _begin_round(self, visit: Visit) -> None:
         """A new span where it is time for one, or where other parameters train now."""
@@ -362,18 +370,13 @@ class IntrinsicProjection(Plugin):
         position = values[0].new_zeros(0) if self._alone and exact else torch.cat(values)
         if position.element_size() < 4:  # what many rounds add would be lost in rounding
             position = position.float()
-        sums = torch.zeros(self.subspaces, self.dim, dtype=torch.float64, device=position.device)
-        velocity = torch.zeros_like(sums if self.momentum else sums[:0])
         number = self._spans[-1].number + 1 if self._spans else 0
         if self._spans:
             self._spans[-1].finish()
             names = set(self._past.names).union(*(span.names for span in self._spans))
             self._past.take(self._spans, _bytes(self._model.get_parameter(name) for name in names))
-        unsent = torch.zeros_like(sums if self.down_bits < 32 else sums[:0])
-        never = [-1] * self.subspaces
-        self._spans.append(
-            Span(number, list(live), size, position, sums, velocity, list(never), unsent, dropped=never if len(unsent) else [])
-        )
+        sums, steps = (self.subspaces, self.dim), self.down_bits < 32
+        self._spans.append(Span.begun(number, list(live), size, position, sums, self.momentum > 0, steps))
         self._maps.clear()
 
     def _map(self, span: int, which: int) -> Projection:
@@ -385,9 +388,6 @@ class IntrinsicProjection(Plugin):
             return 0
         parts = (visit.round, visit.client) if self.draw == "client" else (visit.round,)
         return Random(derive(visit.seed, *parts, PREFIX)).randrange(self.subspaces)
-
-    def _gain(self, size: int) -> float:
-        return (self.dim / size) ** GAINS[self.gain] if isinstance(self.gain, str) else self.gain
 
     def _flat(self, entries: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([entries[name].flatten() for name in self._spans[-1].names])

@@ -84,6 +84,10 @@ class Staged(Plugin):
         """Whether the blocks of ``group`` train in ``stage``; group 0 brings the stem along."""
         raise NotImplementedError(f"{type(self).__name__} must say which groups train in a stage")
 
+    @property
+    def moves(self) -> bool:
+        return self.init != "random"
+
     # -- the verbs ------------------------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         self._model = model

@@ -16,6 +16,8 @@ from featherlight.plugins.seeds import derive
 
 PREFIX = "intrinsic"
 _SUM = re.compile(rf"{PREFIX}\.(\d+)\.\d+@\d+")
+GAINS = {"length": 0.5, "projection": 1.0, "unbiased": 0.0}
+"""Gains by name, as powers of d/D."""
 ENTRY = 72
 """Bytes that a message takes to say an entry's name, type, shape and place, about."""
 
@@ -48,6 +50,13 @@ class Span:
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     dropped: list[int] = field(default_factory=list)
     rows: list[int] | None = None
+
+    @classmethod
+    def begun(cls, number: int, names: list[str], size: int, position: Tensor, sums: tuple[int, int], momentum: bool, steps: bool) -> Span:
+        """One of whose sums, (K, d) as told, nothing has changed yet, with ``momentum``, and quantised ``steps``, or without."""
+        zeros, never = torch.zeros(sums, dtype=torch.float64, device=position.device), [-1] * sums[0]
+        velocity, unsent = (zeros.clone() if wanted else zeros[:0].clone() for wanted in (momentum, steps))
+        return cls(number, names, size, position, zeros, velocity, never, unsent, dropped=list(never) if steps else [])
 
     def quantise(self, which: int, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The step that Σ takes in place of ``step``, float64, (d,), and how it travels; what is left over goes to the next one."""
@@ -171,6 +180,39 @@ class Past:
 def nbytes(values: Iterable[Tensor]) -> int:
     """Bytes of all of them."""
     return sum(value.numel() * value.element_size() for value in values)
+
+
+def check_gain(gain: float | str) -> None:
+    """Refuse a gain that is none.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(gain, str) and gain not in GAINS:
+        raise ValueError(f"gain={gain!r} is not known; use {', '.join(map(repr, GAINS))} or a number")
+    if not isinstance(gain, str) and (isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain < float("inf")):
+        raise ValueError(f"gain={gain!r}: give a number above 0, or {', '.join(map(repr, GAINS))}")
+
+
+def gain_of(gain: float | str, dim: int, size: int) -> float:
+    """γ for d = ``dim`` of D = ``size``."""
+    return (dim / size) ** GAINS[gain] if isinstance(gain, str) else gain
+
+
+def told(past: Past, spans: Sequence[Span]) -> dict[str, Any]:
+    """Which parameters each span trains, and all before them, as plain data."""
+    sets = list(dict.fromkeys(tuple(span.names) for span in spans))
+    return {"past": past.names, "count": past.count, "names": sets, "spans": [sets.index(tuple(span.names)) for span in spans]}
+
+
+def heard(told: Mapping[str, Any], sizes: Mapping[str, int], dim: int, device: torch.device) -> tuple[Past, list[Span]]:
+    """From :func:`told`: spans of whose sums nothing is known yet, and what was before them."""
+    nothing = torch.zeros(0, dim, dtype=torch.float64, device=device)
+    names = [list(told["names"][of]) for of in told["spans"]]
+    spans = enumerate(names, told["count"])
+    return Past(told["count"], list(told["past"])), [
+        Span(number, own, sum(sizes[name] for name in own), nothing, nothing, nothing) for number, own in spans
+    ]
 
 
 def step_bytes(dim: int, bits: int) -> int:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def present(rest):
 def run_line(line, folder):
     """One line of a block of commands, of which each command must be of a known kind."""
     for part in re.split(r"&&|;", line.partition(" #")[0]):
-        command, *rest = shlex.split(part)
+        command, *rest = dropwhile(re.compile(r"[A-Z_]+=").match, shlex.split(part))
         if command == "featherlight":
             featherlight(rest[0], rest[1:], bool(LONG.search(line)), folder)
         else:

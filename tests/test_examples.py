@@ -67,9 +67,12 @@ def test_lightly_simclr(run):
 
 
 def test_lightly_byol(run):
-    totals, _ = run("lightly_byol", *SMALL, "--ways", "ProgressiveGrowth")
+    totals, _ = run("lightly_byol", *SMALL, "--ways", "ProgressiveGrowth", "RepresentationAlignment")
     assert less(totals, "ProgressiveGrowth", "flops_forward")
     assert totals["ProgressiveGrowth"]["params_held"] == totals["as it is"]["params_held"]  # the last stage is the whole model
+    aligned, whole = totals["RepresentationAlignment"], totals["as it is"]
+    assert aligned["flops_forward"] > whole["flops_forward"]  # it is for accuracy: a pass of the epoch's first model more, and its weights
+    assert aligned["params_held"] > whole["params_held"]
 
 
 def test_every_example_is_run_here():

@@ -30,6 +30,7 @@ FEDERATE = [
     ("--federation.server Sgd", "federation.server: Sgd is not a class that is known here"),
     ("--federation.server Average --federation.server.lr no", "federation.server.lr: expected a float"),
     ("--federation.server Average --federation.server.lr -1", "federation: lr=-1.0"),
+    ("--federation.roundz 3", "unrecognized arguments: --federation.roundz 3 (is it --federation.rounds?)"),
     ("--federation.rounds many", "federation.rounds: expected an int, got many"),
     ("--federation.rounds 0", "rounds=0: give 1 or more"),
     ("--plugins.init_args.periods_per_stage x", "plugins.periods_per_stage: expected an int, or expected a Sequence, got x"),
@@ -68,6 +69,14 @@ def test_a_bad_option_is_named_in_few_words(
     assert "Union" not in line
     assert "Namespace(" not in line
     assert len(line) <= LONGEST
+
+
+def test_a_file_of_another_kind_or_none_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.rename("fit.yaml")
+    Path("federate.yaml").write_text(FIT)
+    assert "the file configures a federation: it is for featherlight federate" in told("fit", "", capsys)
+    assert "the file configures a Trainer: it is for featherlight fit" in told("federate", "", capsys)
+    assert "nowhere.yaml: there is no such file" in told("federate", "-c nowhere.yaml", capsys)
 
 
 @pytest.mark.parametrize(

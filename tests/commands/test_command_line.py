@@ -251,6 +251,7 @@ def test_every_configuration_we_ship_is_understood(path: Path) -> None:
     ("arguments", "told"),
     [
         (["nonsense"], "there is no command 'nonsense'"),
+        (["federat"], "there is no command 'federat' (is it federate?)"),
         (["federate", "-c", "missing.yaml"], "missing.yaml"),
         (["cost", "-c", "missing.yaml"], "missing.yaml"),
         (["compare", "missing"], "missing"),

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 
 from featherlight.cli import main
 from featherlight.commands import picture
-from featherlight.commands.run_pictures import ABSENT, FROZEN, TRAINS, label_counts, labels_figure, mixed, timeline_figure
+from featherlight.commands.run_pictures import ABSENT, FROZEN, TRAINS, label_counts, labels_figure, mixed, stages_figure, timeline_figure
 from featherlight.fed_loop import Federation
 from featherlight.fed_loop.timeline import MOST_ROUNDS, Timeline, timeline
 from featherlight.plugins import DepthDropout, LayerFreezing, PartitionedTraining, Plugin, PrismSampling, ProgressiveGrowth
@@ -157,6 +157,20 @@ def test_a_comparison_is_drawn_as_measured(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "comparison.png").stat().st_size > 1000
 
 
+def test_a_trainer_s_stages_are_drawn_as_measured() -> None:
+    cost = CostTable()
+    for epoch, stage in enumerate((0, 0, 1)):
+        turn = TurnCost(saved_bytes=2**19 * (stage + 1), peak_bytes=2**20 * (stage + 1), flops_forward=1e9, flops_backward=stage * 1e9)
+        cost.add(stage, epoch, turn)
+    told = shares(3, [LayerFreezing("backbone.blocks.*", periods_per_stage=[2, 1, 1, 1])])
+    parts, memory, compute = stages_figure(told, cost).axes
+    assert parts.images[0].get_array().shape[:2] == (len(told.parts), 3)
+    peak, saved = ([*step.get_data().values] for step in memory.patches)
+    assert (peak, saved) == ([1, 1, 2], [0.5, 0.5, 1])
+    assert [*compute.patches[1].get_data().values] == [1, 1, 2]
+    assert len(stages_figure(None, cost).axes) == 2
+
+
 # -- by command -------------------------------------------------------------------------------------------------------
 def test_a_run_has_its_pictures_and_says_what_it_could_not_draw(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["federate", "-c", str(config), "--federation.folder=images", "--federation.rounds=1", "--probes=[]"])
@@ -174,3 +188,13 @@ def test_a_run_has_its_pictures_and_says_what_it_could_not_draw(config: Path, ca
     assert {path.name for path in Path("unlabelled").glob("*.png")} == {"timeline.png"}
     assert "labels.png is not drawn: the data have no labels" in capsys.readouterr().err
     assert json.loads(Path("unlabelled/result.json").read_text())["rounds"] == 1
+
+
+def test_fit_draws_its_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = config.read_text()
+    callback = '{class_path: featherlight.callbacks.LayerFreezing, init_args: {blocks: "backbone.blocks.*"}}'
+    trainer = f"trainer: {{max_epochs: 2, accelerator: cpu, logger: false, enable_progress_bar: false, callbacks: [{callback}]}}\n"
+    config.write_text(trainer + text[text.index("model:") : text.index("plugins:")])
+    main(["fit", "-c", str(config)])
+    assert [path.name for path in Path("runs/small").glob("*.png")] == ["timeline.png"]
+    assert "shows cost alone" not in capsys.readouterr().err

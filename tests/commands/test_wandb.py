@@ -115,6 +115,8 @@ def test_fit_logs_its_steps_hyperparameters_configuration_and_probes(config: Pat
     assert {"knn": end["knn"]} == json.loads(Path("runs/small/result.json").read_text())["metrics"]
     cost = json.loads(Path("runs/small/cost.json").read_text())
     assert [row["peak_bytes"] for row in table(path, end["cost_table"])] == [row["peak_bytes"] for row in cost["rows"]]
+    (picture,) = end["timeline"]["filenames"]
+    assert (path.parent / "files" / picture).read_bytes() == Path("runs/small/timeline.png").read_bytes()
     assert told.code == 0
     assert wandb.run is None
 

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from featherlight.fed_loop import Federation
-from featherlight.plugins import Plugin
+from featherlight.fed_loop.away import Belongings, Reply, Request
+from featherlight.fed_loop.away_client import AwayClient
+from featherlight.fed_loop.wire import unpack
+from featherlight.plugins import Plugin, held
 from featherlight.ssl_models import BYOL, ImageData, MoCoV3, SimCLR
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -211,3 +214,44 @@ class Int8(Plugin):
 def int8():
     """A codec that quantises what clients send."""
     return Int8
+
+
+class Mail:
+    """Carries bytes to clients that are made anew for every turn, and of whom nothing but bytes is left behind it.
+
+    Args:
+        server: the module of the server, to see how far from it clients begin, at most (``off``).
+        lose: (round, client) pairs before whose turn a client loses all that it has; refuse: those that never answer.
+    """
+
+    def __init__(self, settings, module, data, plugins, lose=(), refuse=(), server=None):
+        self.settings, self.module, self.data, self.plugins = settings, module, data, plugins
+        self.lose, self.refuse, self.kept, self.asked, self.sent = set(lose), set(refuse), {}, [], []
+        self.server, self.off = server, 0.0
+
+    def exchange(self, requests):
+        for request in reversed(list(requests)):
+            client, place = request.visit.client, (request.visit.round, request.visit.client)
+            self.asked.append(place)
+            if place in self.lose:
+                self.lose.remove(place)
+                self.kept.pop(client, None)
+            if place in self.refuse:
+                yield Reply.failed(client, "its host is down")
+                continue
+            self.sent.append(unpack(request.payload).keys())
+            module = self.module()
+            worker = AwayClient(self.settings, module, self.data, self.plugins())
+            own = Belongings.unpacked(self.kept[client]) if client in self.kept else Belongings()
+            reply, own = worker.take(Request.of(request.header(), request.payload), own)
+            for name in held(module).keys() & dict(self.server.named_parameters()).keys() if self.server else ():
+                self.off = max(self.off, float((self.server.get_parameter(name) - own.received[name]).detach().abs().max()))
+            worker.close()
+            self.kept[client] = own.packed()
+            yield Reply.of(reply.header(), reply.payload)
+
+
+@pytest.fixture
+def mail():
+    """A carrier to clients of whom, between their turns, nothing but bytes is left."""
+    return Mail

@@ -5,67 +5,41 @@ import math
 import pytest
 import torch
 
-from featherlight.fed_loop.away import Belongings, Reply, Request
-from featherlight.fed_loop.away_client import AwayClient
+from featherlight import plugins as exported
+from featherlight.fed_loop.away import Belongings
 from featherlight.plugins import (
     MOON,
+    Chain,
     DepthDropout,
     FedEMA,
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
     PartitionedTraining,
+    Plugin,
     PrismSampling,
     ProgressiveGrowth,
     Proximal,
     Quantization,
     RepresentationAlignment,
+    ServerCalibration,
     TopK,
 )
 
 SIZES = [6, 10, 14, 8]
 
 
-class Mail:
-    """Carries bytes to clients that are made anew for every turn, and of whom nothing but bytes is left behind it.
-
-    Args:
-        lose: (round, client) pairs before whose turn a client loses all that it has; refuse: those that never answer.
-    """
-
-    def __init__(self, settings, module, data, plugins, lose=(), refuse=()):
-        self.settings, self.module, self.data, self.plugins = settings, module, data, plugins
-        self.lose, self.refuse, self.kept, self.asked = set(lose), set(refuse), {}, []
-
-    def exchange(self, requests):
-        for request in reversed(list(requests)):
-            client, place = request.visit.client, (request.visit.round, request.visit.client)
-            self.asked.append(place)
-            if place in self.lose:
-                self.lose.remove(place)
-                self.kept.pop(client, None)
-            if place in self.refuse:
-                yield Reply.failed(client, "its host is down")
-                continue
-            worker = AwayClient(self.settings, self.module(), self.data, self.plugins())
-            own = Belongings.unpacked(self.kept[client]) if client in self.kept else Belongings()
-            reply, own = worker.take(Request.of(request.header(), request.payload), own)
-            worker.close()
-            self.kept[client] = own.packed()
-            yield Reply.of(reply.header(), reply.payload)
-
-
 @pytest.fixture
-def both(net, points, federation, figures):
+def both(net, points, federation, mail):
     """Runs a federation here and by mail; returns both results, their modules' states and the mail."""
 
     def run(plugins, rounds=4, lose=(), refuse=(), **settings):
         data, settings = points(SIZES), {"cohort": 2, "seed": 3, **settings}
         here, away = net(), net()
         one = federation(rounds, **settings).run(here, data, plugins())
-        mail = Mail(federation(rounds, **settings), net, data, plugins, lose, refuse)
-        other = federation(rounds, **settings).run(away, data, plugins(), carrier=mail)
-        return (one, here.state_dict()), (other, away.state_dict()), mail
+        carrier = mail(federation(rounds, **settings), net, data, plugins, lose, refuse)
+        other = federation(rounds, **settings).run(away, data, plugins(), carrier=carrier)
+        return (one, here.state_dict()), (other, away.state_dict()), carrier
 
     return run
 
@@ -100,6 +74,23 @@ def test_weights_and_bytes_are_the_built_in_loop_s(way, both, same, figures):
     same(here, away)
     assert figures(one) == figures(other)
     assert len(mail.asked) == 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_calibration_is_the_server_s_own(ssl, digits, federation, mail, same, figures):
+    plugins = lambda: [LayerFreezing("backbone.blocks.*"), ServerCalibration()]  # noqa: E731
+    here, away, data = ssl("simclr"), ssl("simclr"), digits(num_clients=2, limit_train=70, server_fraction=0.4)
+    one = federation(2).run(here, data, plugins())
+    other = federation(2).run(away, data, plugins(), carrier=mail(federation(2), lambda: ssl("simclr"), data, plugins))
+    same(here.state_dict(), away.state_dict())
+    assert figures(one) == figures(other)
+
+
+def test_every_method_is_tried_here():
+    kinds = {kind for name in exported.__all__ if isinstance(kind := getattr(exported, name), type) and issubclass(kind, Plugin)}
+    tried = {type(plugin) for way in WAYS.values() for plugin in way()} | {ServerCalibration, PartitionedTraining}
+    elsewhere = {IntrinsicProjection}  # tests/fed_loop/test_intrinsic_messages.py: equal to rounding
+    assert kinds - {Plugin, Chain} == tried | elsewhere
 
 
 def test_clients_that_drop_out_take_as_many_steps(both, same, figures):
@@ -137,7 +128,11 @@ def test_a_client_that_cannot_be_reached_is_left_out_and_told_of(both, net):
 @pytest.mark.parametrize(
     ("plugins", "settings", "why"),
     [
-        (lambda: [IntrinsicProjection(dim=10)], {}, "IntrinsicProjection does not run with clients in processes of their own"),
+        (
+            lambda: [LayerFreezing("blocks.*", init="copy_previous"), IntrinsicProjection(dim=10)],
+            {},
+            "LayerFreezing begins stages with other weights",
+        ),
         (lambda: [PartitionedTraining(cut="blocks.0")], {}, "divided between device and server"),
         (lambda: [], {"evaluate_clients": True}, "not to evaluate"),
         (lambda: [], {"devices": 2}, "one more"),

@@ -1,12 +1,16 @@
-"""On a real SuperLink with SuperNodes, TLS and authentication: the weights, bit for bit, and the figures of the built-in loop."""
+"""On a real SuperLink with SuperNodes, TLS and authentication: the weights, bit for bit, and the figures of the built-in loop.
+
+Ten processes start for it, most of them to import torch: two minutes of a core. It is run by itself, where it is asked for.
+"""
 
 import json
+import os
 
 import pytest
 import torch
 import yaml
 
-pytest.importorskip("flwr", reason="Flower is not installed: pip install featherlight[flower]")
+pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
 
 from featherlight.commands.federate import federate
 from featherlight.fed_loop import checkpoint
@@ -35,6 +39,12 @@ CONFIGURATION = {
     "federation": {"rounds": 3, "seed": 5, "accelerator": "cpu", "progress": False},
     "loggers": [],
 }
+
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("FEATHERLIGHT_SUPERLINK"),
+    reason="ten processes, minutes: FEATHERLIGHT_SUPERLINK=1 pytest tests/flower/test_superlink.py runs it",
+)
 
 
 def rows(folder):
