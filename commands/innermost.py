@@ -18,7 +18,7 @@ WHOLE = (
         "the file configures a federation: it is for featherlight federate, cost or compare",
     ),
     (re.compile(r"Option 'trainer\..*' is not accepted"), "the file configures a Trainer: it is for featherlight fit, cost or compare"),
-    (re.compile(r'Parser key "config": File does not exist: (.*)'), r"cannot read \1: there is no such file"),
+    (re.compile(r'Parser key "config": File does not exist: \'?(.*?)\'?'), r"cannot read \1: there is no such file"),
 )
 """What is said of a file, and how a person says it."""
 

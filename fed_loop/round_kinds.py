@@ -131,8 +131,8 @@ def check_away(partition: Partition | None, chain: Chain) -> None:
     summed = [type(plugin).__name__ for plugin in chain.plugins if not plugin.ordinary_server]
     if moving and summed:
         raise ValueError(
-            f"{moving[0]} begins stages with other weights (init='copy_previous'), which clients in processes of their own cannot work out "
-            f"of {summed[0]}'s sums: use init='random', or the built-in loop"
+            f"{moving[0]} begins stages with other weights, which clients in processes of their own cannot work out of {summed[0]}'s sums: "
+            "have it leave weights as they are, or use the built-in loop"
         )
 
 

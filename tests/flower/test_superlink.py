@@ -1,6 +1,6 @@
 """On a real SuperLink with SuperNodes, TLS and authentication: the weights, bit for bit, and the figures of the built-in loop.
 
-Ten processes start for it, most of them to import torch: two minutes of a core. It is run by itself, where it is asked for.
+A process starts for every message, most of all to import torch: minutes of a core. It is run by itself, where it is asked for.
 """
 
 import json
@@ -43,7 +43,7 @@ CONFIGURATION = {
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("FEATHERLIGHT_SUPERLINK"),
-    reason="ten processes, minutes: FEATHERLIGHT_SUPERLINK=1 pytest tests/flower/test_superlink.py runs it",
+    reason="a process for every message, minutes: FEATHERLIGHT_SUPERLINK=1 pytest tests/flower/test_superlink.py runs it",
 )
 
 
