@@ -124,7 +124,13 @@ class Report:
     def _finish(self, result: Result) -> None:
         if self._folder is not None:
             write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
-            told = {"metrics": _valid(result.metrics), "rounds": result.rounds, "turns": result.turns, "rejected": result.rejected}
+            told = {
+                "metrics": _valid(result.metrics),
+                "rounds": result.rounds,
+                "turns": result.turns,
+                "rejected": result.rejected,
+                "rejected_by": result.rejected_by,
+            }
             write_text(self._folder / "result.json", json.dumps(told, indent=2))
         for logger in self._loggers:
             with _named(logger):

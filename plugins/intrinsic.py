@@ -61,6 +61,8 @@ class IntrinsicProjection(Plugin):
     """
 
     same_for_all = True
+    renames = True
+    only_adds = "clients send coordinates of which the sums mean something, each of them a part of every parameter"
     stays_here = "there a client would have to lift what it is sent by itself, and here it takes the server's sum; use the built-in loop"
     ordinary_server = False  # its weights are θ₀ + A·Σ, and nothing else would reach clients
 

@@ -107,7 +107,7 @@ def test_a_log_that_cannot_grow_is_named(net, points, federation, tmp_path):
 def test_a_logger_that_cannot_write_is_named_and_its_thread_says_nothing(net, points, federation, tmp_path, capfd):
     logger, before = TensorBoardLogger(tmp_path, name="", version="board"), threading.excepthook
 
-    with pytest.raises(OSError, match="TensorBoardLogger cannot write .*No space left on device"):
+    with pytest.raises(OSError, match=r"TensorBoardLogger cannot write .*No space left on device"):
         federation(200, folder=tmp_path / "run", checkpoint_every=0).run(
             net(), points([8]), [Fill(2, tmp_path / "board")], loggers=[logger]
         )
