@@ -46,6 +46,7 @@ from featherlight import callbacks
 from featherlight.commands.trainer_checkpoint import WholeFiles
 from featherlight.commands.trainer_checkpoint import read_newest as read_newest_of_trainer
 from featherlight.fed_loop import Adam, Federation, Median, Momentum, checkpoint
+from featherlight.fed_loop.whole_files import write_whole
 from featherlight.plugins import (
     MOON,
     DepthDropout,
@@ -182,7 +183,8 @@ def federate(name: str, folder: Path, processes: int = 1) -> None:
     result = federation.run(module, Points(), plugins, resume=True)
     if federation.is_first:
         history = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in result.history]
-        torch.save({"weights": module.state_dict(), "history": history}, folder / "done.pt")
+        done = {"weights": module.state_dict(), "history": history}
+        write_whole(folder / "done.pt", lambda file: torch.save(done, file))
 
 
 def fit(name: str, folder: Path, processes: int = 1) -> None:
@@ -194,7 +196,8 @@ def fit(name: str, folder: Path, processes: int = 1) -> None:
     module, data = Net(), Points()
     batches = Positioned([batch for client in range(3) for batch in data.batches(client)[:2]])
     trainer.fit(module, batches, ckpt_path=path, weights_only=True)
-    torch.save({"weights": module.state_dict(), "history": []}, folder / "done.pt")
+    done = {"weights": module.state_dict(), "history": list[Any]()}
+    write_whole(folder / "done.pt", lambda file: torch.save(done, file))
 
 
 Run = Callable[[str, Path, int], None]

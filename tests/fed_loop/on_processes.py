@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from featherlight.fed_loop import Federation, Momentum
+from featherlight.fed_loop import Federation, Median, Momentum
 from featherlight.plugins import (
     MOON,
     DepthDropout,
@@ -17,6 +17,7 @@ from featherlight.plugins import (
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
+    NormClipping,
     PartitionedTraining,
     Plugin,
     PrismSampling,
@@ -122,6 +123,34 @@ class Slow(Plugin):
 def slowly(toys, settings):
     federation, module, data, plugins = replayed(toys, settings)
     return federation, module, data, [*plugins, Slow()]
+
+
+class Broken(Plugin):
+    """Fails in the second process, in the middle of a round; the first has more to do by then."""
+
+    def after_step(self, clock):
+        if clock == (1, 0) and os.environ.get("LOCAL_RANK", "0") == "1":
+            raise RuntimeError("the second process's own error")
+
+
+def broken(toys, settings):
+    return Federation(4, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), [Broken()]
+
+
+def full(toys, settings):
+    """The first process alone writes, and its log has no room."""
+    if (log := settings["folder"] / "metrics.jsonl").parent.exists() and not log.exists():
+        log.symlink_to("/dev/full")
+    return Federation(4, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), []
+
+
+def medians(toys, settings):
+    """Medians of what several processes have; bounded, slow and vanishing clients; one rejected."""
+    data = toys.Points([10, 3, 14, 6, 8])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [DepthDropout("blocks.*"), NormClipping(1.0), Quantization()]
+    options = {"cohort": 4, "over_select": 1.2, "dropout": 0.2, "aggregate": Median(), "min_clients": 1}
+    return Federation(4, seed=3, **options, **settings), toys.Net(), data, plugins
 
 
 def jointly(toys, settings):
