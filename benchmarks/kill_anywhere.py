@@ -10,6 +10,7 @@ anything was lost. Processes are forked, and killed by SIGKILL once they have co
 - killed: a federation's only process, up to three times in one run.
 - killed, two: both processes of a federation on two, which then goes on with one or two, at random.
 - one of two: one of them alone; the other gets SIGTERM five seconds later, and SIGKILL twenty, unless it has ended, as torchrun does it.
+- raised: one of two meets an error in the middle of a round: both end, and the first alone tells of it.
 - cut, flipped: killed, and the newest checkpoint loses its end, or a bit of its tensors changes.
 - no room: from some byte on the system refuses to make files longer, as a full disk does.
 - closed: the folder may no longer be written (for another user than root, which the process becomes).
@@ -32,6 +33,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ from featherlight.plugins import (
     TopK,
 )
 
-BLOCKS, THROUGH = "blocks.*", ("stem", "blocks", "head")
+BLOCKS, THROUGH = "blocks.*", ("stem", "blocks", "dropout", "head")
 FEDERATED: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
     "averaging": lambda _: ([], {"server": Adam(0.1)}),
     "layer-wise": lambda _: (
@@ -80,13 +82,13 @@ FEDERATED: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
     "top-k": lambda _: ([TopK(20)], {"server": Momentum()}),
     "FetchSGD": lambda _: ([LayerFreezing(BLOCKS, periods_per_stage=3), FetchSGD(40, 3, 15)], {}),
     "8 bits": lambda _: ([Quantization(down=True)], {}),
-    "held near": lambda _: ([FedEMA(of="blocks"), RepresentationAlignment(THROUGH), MOON(THROUGH), Proximal(0.1)], {}),
+    "held near": lambda _: ([FedEMA(of="blocks"), RepresentationAlignment(through=THROUGH), MOON(through=THROUGH), Proximal(0.1)], {}),
     "robust": lambda _: ([NormClipping(1.0)], {"aggregate": Median(), "over_select": 1.3, "dropout": 0.2, "min_clients": 1}),
 }
 TRAINED: dict[str, Callable[[], list[Any]]] = {
     "layer-wise": lambda: [callbacks.LayerFreezing(blocks=BLOCKS, periods_per_stage=2), callbacks.DepthDropout(blocks=BLOCKS)],
     "progressive": lambda: [callbacks.ProgressiveGrowth(blocks=BLOCKS, periods_per_stage=2)],
-    "PriSM": lambda: [callbacks.PrismSampling(keep=0.5)],
+    "PriSM": lambda: [callbacks.PrismSampling(keep=0.5, layers=["blocks.*.linear"])],
     "intrinsic": lambda: [callbacks.IntrinsicProjection(20)],
     "held near": lambda: [callbacks.RepresentationAlignment(through=THROUGH)],
 }
@@ -229,10 +231,12 @@ def start(run: Run, name: str, folder: Path, processes: int = 1, before: Callabl
         except SystemExit as left:
             code = int(left.code or 0)
         except BaseException:
-            traceback.print_exc()
+            with suppress(OSError):  # where it has no room for that either
+                traceback.print_exc()
         finally:
-            sys.stderr.flush()
-            os._exit(code)
+            with suppress(OSError):
+                sys.stderr.flush()
+            os._exit(code)  # come what may: this is a copy of the process that looks after the folder
     return started
 
 
@@ -297,9 +301,31 @@ def one_of_two(run: Run, name: str, folder: Path, whole: float, draw: random.Ran
     return kill(pids, [draw.choice(pids)], draw.uniform(0, whole))
 
 
+def raised(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    victim, steps = draw.randrange(2), iter(range(draw.randint(1, 12)))
+
+    def arm() -> None:
+        own = Net.training_step
+
+        def training_step(self: Net, batch: Any, batch_idx: int) -> Tensor:
+            if next(steps, None) is None:
+                raise RuntimeError("raised on purpose")
+            return own(self, batch, batch_idx)
+
+        if os.environ["RANK"] == str(victim):
+            Net.training_step = training_step  # type: ignore[method-assign]
+
+    codes, said = wait(start(run, name, folder, processes=2, before=arm)), folder.with_suffix(".said").read_text()
+    if codes == [0, 0]:
+        return False
+    if codes != [1, 0] or said.count("raised on purpose") > 2 or "onnection" in said:  # 2: the line of code that raises, and what it says
+        (folder / "messy").touch()
+    return True
+
+
 def damaged(how: Callable[[bytearray, random.Random], bytes], run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
     pids = start(run, name, folder)
-    kill(pids, pids, draw.uniform(0.3 * whole, whole))
+    kill(pids, pids, draw.uniform(0.5 * whole, 1.2 * whole))
     if len(found := checkpoint.existing(folder)) < 2:
         return False
     found[-1].write_bytes(how(bytearray(found[-1].read_bytes()), draw))
@@ -341,6 +367,7 @@ FAULTS: dict[str, Fault] = {
     "killed": killed,
     "killed, two": killed_two,
     "one of two": one_of_two,
+    "raised": raised,
     "cut": lambda *told: damaged(cut, *told),
     "flipped": lambda *told: damaged(flipped, *told),
     "no room": no_room,
@@ -351,7 +378,7 @@ FAULTS: dict[str, Fault] = {
 
 def same(folder: Path, whole: dict[str, Any]) -> bool:
     """Weights bit for bit, and what was logged."""
-    if not (folder / "done.pt").exists():
+    if not (folder / "done.pt").exists() or (folder / "messy").exists():
         return False
     found = torch.load(folder / "done.pt", weights_only=True)
     weights = all(torch.equal(found["weights"][name], value) for name, value in whole["weights"].items())

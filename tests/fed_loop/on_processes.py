@@ -125,25 +125,6 @@ def slowly(toys, settings):
     return federation, module, data, [*plugins, Slow()]
 
 
-class Broken(Plugin):
-    """Fails in the second process, in the middle of a round; the first has more to do by then."""
-
-    def after_step(self, clock):
-        if clock == (1, 0) and os.environ.get("LOCAL_RANK", "0") == "1":
-            raise RuntimeError("the second process's own error")
-
-
-def broken(toys, settings):
-    return Federation(4, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), [Broken()]
-
-
-def full(toys, settings):
-    """The first process alone writes, and its log has no room."""
-    if (log := settings["folder"] / "metrics.jsonl").parent.exists() and not log.exists():
-        log.symlink_to("/dev/full")
-    return Federation(4, seed=3, **settings), toys.Net(), toys.Points([10, 3, 14, 6]), []
-
-
 def medians(toys, settings):
     """Medians of what several processes have; bounded, slow and vanishing clients; one rejected."""
     data = toys.Points([10, 3, 14, 6, 8])

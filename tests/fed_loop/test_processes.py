@@ -58,18 +58,6 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
             assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
 
 
-@pytest.mark.parametrize(("name", "told"), [("broken", "ValueError: process 1: the second process's own error"), ("full", "No space left")])
-def test_an_error_in_one_process_is_told_once_and_ends_both(name, told, tmp_path):
-    """Not by the other's waiting for a process that is gone, nor by what its connection says of it."""
-    (tmp_path / name).mkdir()
-    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([*LAUNCHERS["devices=2"], tmp_path, "2", name], capture_output=True, text=True, timeout=200, env=free)
-    assert done.returncode == 1
-    assert done.stderr.splitlines().count(last := done.stderr.strip().splitlines()[-1]) == 1
-    assert told in last
-    assert "onnection" not in done.stderr
-
-
 def test_two_processes_killed_at_a_random_moment(runs, same, tmp_path):
     """Replay from two buffers in one folder: what is resumed, in one process, ends as what nobody killed, in memory, and leaves no file."""
     seed = os.environ.get("PYTEST_SEED", str(random.randrange(10**6)))
