@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from featherlight.callbacks import parallel, saved
+from featherlight.callbacks.draws import Draws
 from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
 from featherlight.plugins.base import overrides
 from featherlight.plugins.present import count, held
@@ -71,6 +72,7 @@ class PluginCallback(pl.Callback):
         self._clock: Clock | None = None  # of the step under way
         self._undo: list[Callable[[], None]] = []
         self._brought = saved.Brought()
+        self._draws = Draws()
 
     # -- from an ordinary module to an attached one, and back -----------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -124,6 +126,7 @@ class PluginCallback(pl.Callback):
         self._follow_steps(trainer)
         if trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs:  # a run resumed at its end begins nothing
             self._begin(trainer, pl_module)  # here, too: a run resumed within an epoch gets no on_train_epoch_start
+        self._draws.run_starts(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._reached != trainer.current_epoch:
@@ -151,6 +154,7 @@ class PluginCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._chain is None:
             return
+        self._draws.batch_starts(batch_idx)
         self._clock = Clock(trainer.current_epoch, batch_idx)
         self._chain.before_forward(self._clock)
         parallel.check_all_used(trainer.strategy, pl_module)
@@ -190,6 +194,7 @@ class PluginCallback(pl.Callback):
                 "epoch": self._reached,
                 "brought": self._brought.take(pl_module),
                 "state": Chain(callback.plugin for callback in _members(trainer)).state_dict(),
+                "draws": self._draws.state_dict(),
             }
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -198,6 +203,7 @@ class PluginCallback(pl.Callback):
         entry = saved.check_same(checkpoint.get(saved.KEY), _members(trainer), common_seed(trainer))
         self._brought.put_back(pl_module, entry["brought"])
         self._chain.load_state_dict(entry.get("state", {}))  # checkpoints of earlier versions have none
+        self._draws.load_state_dict(entry.get("draws", {}) if trainer.state.fn == "fit" else {})
         self._reached = entry["epoch"]
         if trainer.state.fn != "fit" and self._reached is not None:  # a checkpoint is evaluated as far as it has grown
             self._chain.advance(Clock(self._reached, 1))

@@ -31,6 +31,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "FetchSGD": {"columns": 32, "k": 8},
     "IntrinsicProjection": {"dim": 16},
     "MOON": {"through": ("norm", "head")},
+    "NormClipping": {"max_norm": 1.0},
     "PartitionedTraining": {"cut": "blocks.0"},
     "PrismSampling": {"keep": 0.5},
     "RepresentationAlignment": {"through": ("norm", "head")},

@@ -2,6 +2,7 @@
 
 from featherlight.fed_loop.federation import FederatedData, Federation
 from featherlight.fed_loop.result import Result
+from featherlight.fed_loop.robust import Median, TrimmedMean
 from featherlight.fed_loop.server import Adam, Average, Momentum
 
-__all__ = ["Adam", "Average", "FederatedData", "Federation", "Momentum", "Result"]
+__all__ = ["Adam", "Average", "FederatedData", "Federation", "Median", "Momentum", "Result", "TrimmedMean"]

@@ -7,10 +7,15 @@ order, which floats do not; it is also what secure aggregation needs. A value of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+from featherlight.plugins.rejection import Rejection
+
+if TYPE_CHECKING:
+    from featherlight.fed_loop.processes import Processes
 
 COARSE = 2.0**30
 FINE = 2.0**46
@@ -18,6 +23,25 @@ BOUND = 2.0**22
 """Largest magnitude of a value: above it the coarse part would lose bits."""
 MOST_CLIENTS = 2**16
 """Largest cohort: the fine parts of more could overflow."""
+
+Entries = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+"""One client's: name → value, or (value, weight of each element: 0 where the client held nothing)."""
+
+Means = dict[str, Tensor | tuple[Tensor, Tensor]]
+"""Over clients: name → float64 of every entry somebody held; ``(value, held)`` with a mask where only some elements were held."""
+
+
+class Aggregate(Protocol):
+    """What makes one of a round's updates."""
+
+    def add(self, update: Entries, weight: float) -> None:
+        """One client's, or ValueError, and then nothing of it."""
+
+    def collect(self, processes: Processes) -> None:
+        """Over processes."""
+
+    def result(self) -> Means:
+        """Of all that was added."""
 
 
 class Mean:
@@ -45,7 +69,7 @@ class Mean:
         self._at = dict(zip(self._shapes, _slices(sizes)))
         self._weight_at = dict(zip(self._shapes, _slices(weight_sizes)))
 
-    def add(self, update: Mapping[str, Tensor | tuple[Tensor, Tensor]], weight: float) -> None:
+    def add(self, update: Entries, weight: float) -> None:
         """Add one client's entries.
 
         Args:
@@ -56,7 +80,7 @@ class Mean:
             ValueError: a name or shape that does not belong here, a value that is not finite or beyond :data:`BOUND`;
                 nothing of the update has been added then.
         """
-        self._check(update)
+        check_update(update, self._shapes)
         for name, entry in update.items():
             value, own = entry if isinstance(entry, tuple) else (entry, None)
             # rounded before it multiplies the value: a sum divided by its weights is then a mean, however small they are
@@ -74,9 +98,13 @@ class Mean:
         self._sums = all_reduce(self._sums)
         self._weights = all_reduce(self._weights)
 
-    def result(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+    def collect(self, processes: Processes) -> None:
+        """Add up over ``processes``."""
+        self.reduce(processes.all_reduce)
+
+    def result(self) -> Means:
         """name → mean, float64, of every entry somebody held; ``(mean, held)`` with a mask where only some elements were held."""
-        means: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
+        means: Means = {}
         for name, shape in self._shapes.items():
             weights = self._weights[self._weight_at[name]].double() / COARSE
             if not bool((weights > 0).any()):
@@ -87,31 +115,37 @@ class Mean:
             means[name] = mean if bool((weights > 0).all()) else (mean, (weights > 0).reshape(shape))
         return means
 
-    def _check(self, update: Mapping[str, Any]) -> None:
-        for name, entry in update.items():
-            value = entry[0] if isinstance(entry, tuple) else entry
-            if name not in self._shapes:
-                raise ValueError(f'entry "{name}" is not among the {len(self._shapes)} that train in this round')
-            if value.shape != self._shapes[name]:
-                raise ValueError(f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(self._shapes[name])}')
-            if isinstance(entry, tuple):
-                own = entry[1]
-                if own.shape != value.shape or not bool((own >= 0).all()):  # false for NaN too
-                    raise ValueError(f'entry "{name}" needs a weight of 0 or more for each element of shape {tuple(value.shape)}')
-                check_magnitude(f'the weight of entry "{name}"', own)
-                check_magnitude(f'entry "{name}" times its weight', value.double() * own)
-            check_magnitude(f'entry "{name}"', value)
+
+def check_update(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse what does not belong into a round's sum.
+
+    Raises:
+        Rejection: a name that is not in ``shapes``, another shape, an element's weight below 0, or what :func:`check_magnitude` refuses.
+    """
+    for name, entry in update.items():
+        value = entry[0] if isinstance(entry, tuple) else entry
+        if name not in shapes:
+            raise Rejection("names", f'entry "{name}" is not among the {len(shapes)} that train in this round')
+        if value.shape != shapes[name]:
+            raise Rejection("shape", f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(shapes[name])}')
+        if isinstance(entry, tuple):
+            own = entry[1]
+            if own.shape != value.shape or not bool((own >= 0).all()):  # false for NaN too
+                raise Rejection("other", f'entry "{name}" needs a weight of 0 or more for each element of shape {tuple(value.shape)}')
+            check_magnitude(f'the weight of entry "{name}"', own)
+            check_magnitude(f'entry "{name}" times its weight', value.double() * own)
+        check_magnitude(f'entry "{name}"', value)
 
 
 def check_magnitude(what: str, value: Tensor) -> None:
     """Refuse what cannot be added up.
 
     Raises:
-        ValueError: some of ``value`` is not finite, or of magnitude :data:`BOUND` or more.
+        Rejection: some of ``value`` is not finite, or of magnitude :data:`BOUND` or more.
     """
     largest = value.detach().double().abs().max() if value.numel() else torch.zeros(())
     if not bool(largest < BOUND):  # false for NaN too
-        raise ValueError(f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
+        raise Rejection("not_finite", f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
 
 
 def _slices(sizes: list[int]) -> list[slice]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from featherlight.fed_loop.aggregate import Mean
-from featherlight.fed_loop.cohort import dropouts, sample
+from featherlight.fed_loop.aggregate import Aggregate
+from featherlight.fed_loop.cohort import absent, asked
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.serving import Serving
 from featherlight.fed_loop.trainees import Trainees
@@ -65,26 +65,35 @@ class Reply(NamedTuple):
     Args:
         turn: the turn's report; payload: the update, as counted.
         lost: the client has not what the request says that it holds (it was started anew), and has done nothing.
+        round: of the request; a reply to an earlier one is not taken for it.
     """
 
     turn: Turn
     payload: bytes = b""
     lost: bool = False
+    round: int = NONE_YET
 
     def header(self) -> str:
         """All but the payload, as JSON."""
-        return json.dumps({"turn": self.turn.to_json(), "lost": self.lost})
+        return json.dumps({"turn": self.turn.to_json(), "lost": self.lost, "round": self.round})
 
     @classmethod
     def of(cls, header: str, payload: bytes) -> Reply:
-        """From :meth:`header`."""
-        told = json.loads(header)
-        return cls(Turn.from_json(told["turn"]), payload, bool(told["lost"]))
+        """From :meth:`header`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            told = json.loads(header)
+            return cls(Turn.from_json(told["turn"]), payload, bool(told["lost"]), int(told["round"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"its reply's header cannot be read ({type(error).__name__}: {error})") from error
 
     @classmethod
     def failed(cls, client: int, why: str) -> Reply:
         """In place of one that will not come."""
-        return cls(Turn(client, rejected=why or "its turn failed"))
+        return cls(Turn(client, rejected=why or "its turn failed", reason="no_reply"))
 
 
 @dataclass
@@ -156,6 +165,13 @@ def check_settings(settings: Federation) -> None:
         )
 
 
+def _stray(client: int, asked: bool) -> Turn:
+    """In place of a reply that nobody waits for."""
+    turn = Turn(client, stray=True)
+    turn.reject("a second reply came of it" if asked else "it was not asked", "duplicate")
+    return turn
+
+
 class AwayRounds:
     """Rounds of which clients take their turns elsewhere: the server's half."""
 
@@ -164,7 +180,7 @@ class AwayRounds:
         self._serving = Serving(trainees)
 
     def cohort(self, round: int) -> list[int]:
-        return sample(self._data.num_clients, self._settings.cohort, self._settings.seed, round)
+        return asked(self._settings, self._data.num_clients, round)
 
     def turns(
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
@@ -176,16 +192,26 @@ class AwayRounds:
         asked, sent = list(visits), {visit.client: Sent() for visit in visits}
         for attempt in range(2):
             again: list[Visit] = []
+            waiting = {visit.client for visit in asked}
             for reply in self._carrier.exchange(self._request(visit, server, ledger, remembered, sent[visit.client]) for visit in asked):
-                visit, turn = by_client[reply.turn.client], reply.turn
-                if reply.lost and not attempt:
+                turn = reply.turn
+                if turn.client not in waiting:
+                    yield _stray(turn.client, turn.client in by_client), {}, {}
+                    continue
+                visit = by_client[turn.client]
+                waiting.remove(turn.client)
+                if reply.round != visit.round and not turn.rejected:
+                    turn.reject(f"it is of round {reply.round}", "stale")
+                if reply.lost and not (attempt or turn.rejected):
                     ledger.visited(visit.client, {})
                     remembered.pop(visit.client, None)
                     again.append(visit)
                     continue
                 if reply.lost:
-                    turn.rejected = "it keeps nothing from one message to the next"
+                    turn.reject("it keeps nothing from one message to the next")
                 yield self._arrived(reply, visit, sent[visit.client], limit)
+            for client in sorted(waiting):
+                yield self._arrived(Reply.failed(client, "no reply came"), by_client[client], sent[client], limit)
             asked = again
 
     def _request(self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], sent: Sent) -> Request:
@@ -194,8 +220,7 @@ class AwayRounds:
         offer = self._serving.offer(trainee, trainee.plan(visit), visit, server, ledger)
         sent.length, sent.keeps = sent.length + len(offer.payload), offer.kept
         memory = int(memories[visit.client]["round"]) if visit.client in memories else NONE_YET
-        share = self._settings.dropout
-        progress = dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
+        progress = absent(self._settings, self.cohort(visit.round), visit.round).get(visit.client)
         return Request(visit, offer.payload, holds, offer.kept, memory, progress, self._trainees.own.chain.tell())
 
     def _arrived(self, reply: Reply, visit: Visit, sent: Sent, limit: int) -> tuple[Turn, Message, Message]:
@@ -203,14 +228,15 @@ class AwayRounds:
         turn.cost.bytes_down, turn.cost.bytes_up, turn.server = sent.length, len(payload), None
         turn.kept = sent.keeps if turn.steps else {}  # of a turn that failed nobody knows what the client has
         if not (turn.dropped_out or math.isfinite(turn.loss)):
-            turn.rejected = turn.rejected or "loss is not finite"
+            turn.reject("loss is not finite", "not_finite")
         if turn.dropped_out or turn.rejected:
             return turn, {}, {}
-        self._trainees.of(visit).plan(visit)  # others have had their turns since
-        update = self._serving.read(payload, limit, visit, turn)
+        trainee = self._trainees.of(visit)
+        plan = trainee.plan(visit)  # others have had their turns since
+        update = self._serving.read(payload, limit, trainee, plan, visit, turn)
         return turn, update, {"round": torch.tensor(visit.round)} if self._trainees.own.chain.remembers else {}
 
-    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Aggregate) -> None:
         """Every client has trained alone."""
 
     def settle(self, round: int, everybody: Sequence[Turn]) -> None:

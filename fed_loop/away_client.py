@@ -58,7 +58,7 @@ class AwayClient:
         """
         started, visit = time.perf_counter(), request.visit
         if any(own.versions.get(name) != version for name, version in request.holds.items()) or not _remembers(own, request.memory):
-            return Reply(Turn(visit.client), lost=True), Belongings()
+            return Reply(Turn(visit.client), lost=True, round=visit.round), Belongings()
         self._own.begin(Clock(visit.round, 0))
         self._chain.hear(request.told, visit)
         trainee = self._trainees.of(visit)
@@ -83,7 +83,7 @@ class AwayClient:
         memories = {round: kept for round, kept in own.memories.items() if round == request.memory}
         if self._chain.remembers and not turn.dropped_out:
             memories[visit.round] = memory
-        return Reply(turn, payload), Belongings(keeps, dict(request.keeps), received, memories)
+        return Reply(turn, payload, round=visit.round), Belongings(keeps, dict(request.keeps), received, memories)
 
     def _batches(self, request: Request) -> Iterable[Any]:
         visit, epochs = request.visit, self._settings.local_epochs

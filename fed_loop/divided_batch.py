@@ -86,6 +86,8 @@ class StoredBatches:
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"a message of activations lacks what says how to read it ({error})") from error
         self.draws = 1 + max((draw for draw, _ in numbers), default=-1)
+        if self.draws > len(numbers) or min((min(own) for own in numbers), default=0) < 0:  # or a name could ask for any amount of memory
+            raise ValueError(f"a message of activations names draw {self.draws - 1}, and has {len(numbers)} batches")
         self._steps = [sum(draw == own for own, _ in numbers) for draw in range(self.draws)]
         self._places = sum(name.startswith("0.0.labels.") for name in message)
         if not numbers or len(self._images) != len(self._activations) or (self.single and len(self._images) > 1):

@@ -13,6 +13,7 @@ from featherlight.fed_loop.aggregate import MOST_CLIENTS
 from featherlight.fed_loop.away import Carrier, check_settings
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
+from featherlight.fed_loop.robust import Median
 from featherlight.fed_loop.run import Run
 from featherlight.fed_loop.server import Average
 from featherlight.plugins import Chain, Plugin, Visit
@@ -56,9 +57,17 @@ class Federation:
         rounds: how many rounds to run.
         cohort: clients drawn for each round; all of them if left out.
         local_epochs: passes over its own data that a client makes in a round.
+        over_select: ask so many times as many clients as ``cohort`` says, and take the first ``cohort`` that return, in an order drawn
+            from the seed; the others end, like those that drop out, where they are then.
+        deadline: the round ends after so long, in units of the median turn, whoever is not back; one client is always awaited. How long
+            each takes is drawn from the seed, a factor of 1.6 being one standard deviation.
         dropout: share of each round's clients that drop out: they receive the model and take some of their steps, which count as their
             cost, and their update never arrives. The mean is over the others, by their samples; at least one is left. How many drop out
             (the share of the cohort, on average over rounds), who, and when, is drawn from the seed.
+        min_clients: a round of which fewer updates can be used changes nothing, and the next one draws others; after three such rounds in a
+            row the run stops with what was wrong with them. 0: a round counts however few come.
+        aggregate: in place of the exact mean by samples, which one hostile client moves as far as it likes: Median or TrimmedMean, over
+            which each client counts alike.
         server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
@@ -82,7 +91,11 @@ class Federation:
         rounds: int,
         cohort: int | None = None,
         local_epochs: int = 1,
+        over_select: float = 1.0,
+        deadline: float | None = None,
         dropout: float = 0.0,
+        min_clients: int = 0,
+        aggregate: Median | None = None,
         server: Average | None = None,
         seed: int = 0,
         resend: bool = False,
@@ -104,11 +117,20 @@ class Federation:
             ("local_epochs", local_epochs, 1),
             ("evaluate_every", evaluate_every, 0),
             ("checkpoint_every", checkpoint_every, 0),
+            ("min_clients", min_clients, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: give {least} or more")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: give the share of clients that drop out, at least 0 and below 1")
+        if not 1 <= over_select < float("inf") or (over_select > 1 and cohort is None):
+            raise ValueError(
+                f"over_select={over_select}, cohort={cohort}: give how many times as many clients as cohort says are asked, 1 or more"
+            )
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline={deadline}: give a time above 0, in units of the median turn, or leave it out")
+        if cohort is not None and min_clients > cohort:
+            raise ValueError(f"min_clients={min_clients}, but cohort={cohort} take part in a round: give that many or fewer")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip}: give a largest norm above 0, or leave it out")
         if cohort is not None and cohort > MOST_CLIENTS:
@@ -116,7 +138,11 @@ class Federation:
         self.rounds = rounds
         self.cohort = cohort
         self.local_epochs = local_epochs
+        self.over_select = over_select
+        self.deadline = deadline
         self.dropout = dropout
+        self.min_clients = min_clients
+        self.aggregate = aggregate
         self.server = Average() if server is None else server
         self.seed = seed
         self.resend = resend
@@ -134,6 +160,11 @@ class Federation:
             "precision": precision,
             "threads": threads,
         }
+
+    @property
+    def loses_clients(self) -> bool:
+        """Whether some who are asked may not count."""
+        return self.dropout > 0 or self.over_select > 1 or self.deadline is not None
 
     def run(
         self,

@@ -47,6 +47,6 @@ class Clients:
         turn.cost.bytes_down = len(offer.payload)
         values = ChainMap(trainee.chain.decode_down(offer.received, visit), server)  # what the client has kept is the server's
         payload, kept = self._taking.take(trainee, plan, visit, batches, values, memory, turn)
-        update = self._serving.read(payload, len(payload), visit, turn) if arrives else {}
+        update = self._serving.read(payload, len(payload), trainee, plan, visit, turn) if arrives else {}
         turn.cost.seconds = time.perf_counter() - started
         return turn, update, kept

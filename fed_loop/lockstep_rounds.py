@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from featherlight.fed_loop.aggregate import Mean
-from featherlight.fed_loop.cohort import sample, steps_done
+from featherlight.fed_loop.aggregate import Aggregate
+from featherlight.fed_loop.cohort import steps_done
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights, refusal_told
 from featherlight.fed_loop.lockstep import Lockstep, Refused
@@ -44,9 +44,6 @@ class LockstepRounds:
         self._meters, self._server_meters = Meters(), Meters()
         self._lockstep: Lockstep | None = None
 
-    def cohort(self, partition: Partition, size: int | None, seed: int, round: int) -> list[int]:
-        return sample(self._data.num_clients, size, seed, round)
-
     def turns(
         self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger, gone: Mapping[int, float]
     ) -> Iterator[tuple[Turn, Message]]:
@@ -59,7 +56,7 @@ class LockstepRounds:
                 batches = islice(batches, steps_done(gone[visit.client], self._data.steps_per_visit(visit.client, self._local_epochs)))
             yield self._turn(partition, visit, batches, server, ledger, arrives=visit.client not in gone)
 
-    def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Mean) -> None:
+    def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Aggregate) -> None:
         """Nothing is trained on several clients' data."""
 
     def settle(self, partition: Partition, everybody: Sequence[Turn], round: int) -> None:
@@ -99,7 +96,7 @@ class LockstepRounds:
                 with refusal_told(own.module, visit.client, size):
                     step = lockstep(batch, Clock(visit.round, number), cost if counted else None)
             except Refused as refused:
-                turn.rejected = str(refused)
+                turn.reject(refused, "not_finite")
                 break
             if counted and step.server is not None:
                 self._server_meters.note(step.server)
@@ -108,7 +105,7 @@ class LockstepRounds:
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
-            turn.rejected = turn.rejected or "loss is not finite"
+            turn.reject("loss is not finite", "not_finite")
         if not arrives:
             turn.rejected, turn.dropped_out = "", True
         return turn, self._update(partition, plan, device, turn, samples, (bytes_down, bytes_up), device_seconds, started)

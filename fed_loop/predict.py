@@ -16,7 +16,7 @@ from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 
-from featherlight.fed_loop.cohort import dropouts, sample, steps_done
+from featherlight.fed_loop.cohort import absent, asked, steps_done
 from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
@@ -169,8 +169,8 @@ class _Prediction:
             changed: set[str] = set()
             kept: dict[int, dict[str, int]] = {}
             self.traffic = Traffic()
-            cohort = sample(self.data.num_clients, settings.cohort, settings.seed, round)
-            gone = dropouts(cohort, settings.dropout, settings.seed, round)
+            cohort = asked(settings, self.data.num_clients, round)
+            gone = absent(settings, cohort, round)
             for client in cohort:
                 visit = Visit(round, client, settings.seed)
                 trainee = self.trainees.of(visit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins import Precision
 from torch import Tensor
 
-from featherlight.fed_loop.cohort import sample, steps_done
+from featherlight.fed_loop.cohort import asked, steps_done
 from featherlight.fed_loop.divided_batch import DividedBatch, encoded, heading
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights, refusal_told
@@ -57,7 +57,7 @@ class DividedPrediction:
         if partition.buffer is not None and not partition.devices_work:
             cohort = replay_cohort(partition, settings.cohort, settings.seed, round)
         else:
-            cohort = sample(self._data.num_clients, settings.cohort, settings.seed, round)
+            cohort = asked(settings, self._data.num_clients, round)
         gone = gone_of(partition, settings, cohort, round)
         stay = [client for client in cohort if client not in gone]
         stored: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from featherlight.fed_loop.result import Result
 from featherlight.fed_loop.turn import Turn
-from featherlight.fed_loop.whole_files import write_text
+from featherlight.fed_loop.whole_files import append, write_text
 from featherlight.plugins import SERVER
 
 if TYPE_CHECKING:
@@ -38,9 +39,15 @@ class Report:
     def rounds(self, done: int, first: bool) -> Iterator[None]:
         """Around all rounds; ``first`` says whether this process tells."""
         self._first = first
-        if not (first and self._settings.progress):
-            yield
-            return
+        with _full_disks_told_once():
+            if not (first and self._settings.progress):
+                yield
+                return
+            with self._bar(done):
+                yield
+
+    @contextmanager
+    def _bar(self, done: int) -> Iterator[None]:
         columns = ["[progress.description]{task.description}", "{task.fields[note]}"]
         with Progress(
             TextColumn(columns[0]),
@@ -75,8 +82,7 @@ class Report:
         if self._progress is not None:
             self._progress.update(self._task, completed=row["round"] + 1, note=_note(row))
         if self._folder is not None:
-            with (self._folder / "metrics.jsonl").open("a") as file:
-                file.write(_line(row))
+            append(self._folder / "metrics.jsonl", _line(row))
         self._log(row)
         if row["round"] + 1 == self._settings.rounds:
             self._finish(result)
@@ -118,21 +124,58 @@ class Report:
     def _finish(self, result: Result) -> None:
         if self._folder is not None:
             write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
-            told = {"metrics": _valid(result.metrics), "rounds": result.rounds, "turns": result.turns, "rejected": result.rejected}
+            told = {
+                "metrics": _valid(result.metrics),
+                "rounds": result.rounds,
+                "turns": result.turns,
+                "rejected": result.rejected,
+                "rejected_by": result.rejected_by,
+            }
             write_text(self._folder / "result.json", json.dumps(told, indent=2))
         for logger in self._loggers:
-            logger.finalize("success")
+            with _named(logger):
+                logger.finalize("success")
 
     def _log(self, row: dict[str, Any]) -> None:
         while self._untold:
             self._untold.pop().log_hyperparams(dict(self._configuration or {}))
         for logger in self._loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "round"}, step=int(row["round"]))
-            logger.save()
+            with _named(logger):
+                logger.log_metrics({name: value for name, value in row.items() if name != "round"}, step=int(row["round"]))
+                logger.save()
 
     def say(self, text: str) -> None:
         """A line that a person must see."""
         (self._progress.console if self._progress is not None else self._console).print(text, highlight=False)
+
+
+@contextmanager
+def _named(logger: Logger) -> Iterator[None]:
+    """Around what a logger does: where it cannot write, say which one it is.
+
+    Raises:
+        OSError: as the logger's own.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{type(logger).__name__} cannot write ({error}); the last checkpoint is as it was") from error
+
+
+@contextmanager
+def _full_disks_told_once() -> Iterator[None]:
+    """TensorBoard writes in a thread, and raises what that thread met at the next row: the thread's own traceback tells nobody more."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not issubclass(told.exc_type, OSError):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _note(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,3 +37,11 @@ class Result:
     def rejected(self) -> int:
         """Those of them that were not used, because something in them was not finite, for one."""
         return int(sum(row["rejected"] for row in self.history))
+
+    @property
+    def rejected_by(self) -> dict[str, int]:
+        """The same by reason (:data:`featherlight.plugins.rejection.REASONS`)."""
+        total: Counter[str] = Counter()
+        for row in self.history:
+            total.update({name.removeprefix("rejected_"): int(value) for name, value in row.items() if name.startswith("rejected_")})
+        return dict(sorted(total.items()))

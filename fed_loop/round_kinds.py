@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.aggregate import Aggregate
 from featherlight.fed_loop.away import AwayRounds, Carrier
-from featherlight.fed_loop.cohort import dropouts, sample, steps_done
+from featherlight.fed_loop.cohort import absent, asked, steps_done
 from featherlight.fed_loop.here import Clients
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.lockstep_rounds import LockstepRounds
 from featherlight.fed_loop.processes import Processes
-from featherlight.fed_loop.stored_rounds import StoredRounds
+from featherlight.fed_loop.stored_rounds import StoredRounds, replay_cohort
 from featherlight.fed_loop.trainees import Trainees
 from featherlight.fed_loop.turn import Turn
 from featherlight.plugins import Chain, Clock, Message, Partition, Visit
@@ -41,7 +41,7 @@ class RoundKind(Protocol):
             memories: by client, what those remember who had a turn.
         """
 
-    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Aggregate) -> None:
         """What is trained once all turns of this process are over."""
 
     def settle(self, round: int, everybody: Sequence[Turn]) -> None:
@@ -74,6 +74,7 @@ class RoundKinds:
         """
         own, partition = self._trainees.own, self._trainees.own.chain.partition(Clock(0, 0))
         check_partition(self._settings, partition, own.module, self._data)
+        check_robust(self._settings, partition, own.chain)
         if self._carrier is not None:
             check_away(partition, own.chain)
 
@@ -108,9 +109,29 @@ def check_partition(settings: Federation, partition: Partition | None, module: n
         )
 
 
+def check_robust(settings: Federation, partition: Partition | None, chain: Chain) -> None:
+    """Refuse a median of what has none.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if settings.aggregate is None:
+        return
+    asked = f"aggregate={type(settings.aggregate).__name__} takes each coordinate of clients' updates by itself"
+    for plugin in chain.plugins:
+        if plugin.only_adds:
+            raise ValueError(
+                f"{asked}, and with {type(plugin).__name__} {plugin.only_adds}: leave one of them out, or bound updates by NormClipping"
+            )
+    if partition is not None and partition.joint:
+        raise ValueError(
+            f"{asked}, and with joint=True one rear trains on all clients' activations, of which there is one update: leave one out"
+        )
+
+
 def gone_of(partition: Partition, settings: Federation, cohort: Sequence[int], round: int) -> dict[int, float]:
     """Who drops out of a round of a divided model, and how far each gets; nobody where devices rest."""
-    return dropouts(cohort, settings.dropout, settings.seed, round) if partition.devices_work else {}
+    return absent(settings, cohort, round) if partition.devices_work else {}
 
 
 def check_away(partition: Partition | None, chain: Chain) -> None:
@@ -143,7 +164,7 @@ class _Whole:
         self._settings, self._clients, self._data = settings, clients, data
 
     def cohort(self, round: int) -> list[int]:
-        return sample(self._data.num_clients, self._settings.cohort, self._settings.seed, round)
+        return asked(self._settings, self._data.num_clients, round)
 
     def turns(
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
@@ -160,10 +181,9 @@ class _Whole:
 
     def _gone(self, visit: Visit) -> float | None:
         """How far a client gets that drops out."""
-        share = self._settings.dropout
-        return dropouts(self.cohort(visit.round), share, visit.seed, visit.round).get(visit.client) if share else None
+        return absent(self._settings, self.cohort(visit.round), visit.round).get(visit.client)
 
-    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Aggregate) -> None:
         """Every client has trained alone."""
 
     def settle(self, round: int, everybody: Sequence[Turn]) -> None:
@@ -177,7 +197,9 @@ class _Divided:
         self._settings, self._partition, self._work, self._data = settings, partition, work, data
 
     def cohort(self, round: int) -> list[int]:
-        return self._work.cohort(self._partition, self._settings.cohort, self._settings.seed, round)
+        if not self._partition.devices_work and self._partition.buffer is not None:
+            return replay_cohort(self._partition, self._settings.cohort, self._settings.seed, round)
+        return asked(self._settings, self._data.num_clients, round)
 
     def turns(
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
@@ -186,7 +208,7 @@ class _Divided:
         for turn, update in self._work.turns(self._partition, visits, server, ledger, gone):
             yield turn, update, {}
 
-    def together(self, round: int, turns: list[Turn], server: Message, mean: Mean) -> None:
+    def together(self, round: int, turns: list[Turn], server: Message, mean: Aggregate) -> None:
         self._work.together(self._partition, turns, round, self._settings.seed, server, mean)
 
     def settle(self, round: int, everybody: Sequence[Turn]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.aggregate import Aggregate, Mean
 from featherlight.fed_loop.away import Carrier
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
@@ -32,6 +33,9 @@ from featherlight.plugins.targets import follow
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
+
+VOID_ROUNDS = 3
+"""So many rounds in a row of which fewer clients came than are needed end the run."""
 
 
 class Run:
@@ -125,9 +129,27 @@ class Run:
                     elif self._interrupts.asked:
                         self.report.lost(round)
                     raise
-                saved.write(round + 1)
+                with self.processes.together():
+                    saved.write(round + 1)
+                with self.processes.together():
+                    self._check_enough()
         self._load_server()
         return self.result
+
+    def _check_enough(self) -> None:
+        """A run of which several rounds in a row come to nothing will not come to anything.
+
+        Raises:
+            ValueError: :data:`VOID_ROUNDS` of them.
+        """
+        last = self.result.history[-VOID_ROUNDS:]
+        if len(last) < VOID_ROUNDS or not all(row.get("void") for row in last):
+            return
+        told = ", ".join(f"{name.removeprefix('rejected_')} {row}" for name, row in _added(last).items()) or "nobody answered"
+        raise ValueError(
+            f"in {VOID_ROUNDS} rounds in a row, up to round {int(last[-1]['round'])}, fewer than min_clients={self.settings.min_clients} "
+            f"updates could be used ({told}): see to the clients and go on with resume=True (--resume), or lower min_clients"
+        )
 
     def _start(self) -> None:
         """No checkpoint has the weights: plugins bring in what comes from elsewhere."""
@@ -150,27 +172,36 @@ class Run:
         cohort = kind.cohort(round)
         mine = balance(cohort, self.sizes, processes.size)[processes.rank]
         visits = [Visit(round, client, settings.seed) for client in mine]
-        mean = Mean(self.trainees.travels(Visit(round, client, settings.seed) for client in cohort), self.chain.decodes)
+        like = self.trainees.travels(Visit(round, client, settings.seed) for client in cohort)
+        mean = self._aggregate(like)
         total = sum(self.sizes[client] for client in cohort)
         turns: list[Turn] = []
         kept: Message = {}
-        for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
-            self._admit(turn, update, self.sizes[turn.client] / total, mean)
-            if not (turn.rejected or turn.dropped_out):  # what the server did not take counts as never done
-                kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
-            turns.append(turn)
-            self.report.client_is_done(len(turns), len(visits))
-            self._interrupts.check()
+        with processes.together():
+            for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
+                self._admit(turn, update, self.sizes[turn.client] / total if not turn.stray else 0.0, mean)
+                if turn.counts:  # what the server did not take counts as never done
+                    kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
+                turns.append(turn)
+                self.report.client_is_done(len(turns), len(visits))
+                self._interrupts.check()
         kind.together(round, turns, self.server, mean)
-        mean.reduce(processes.all_reduce)
+        mean.collect(processes)
         everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
         everybody.sort(key=lambda turn: turn.client)
         kept = processes.share(kept) if self.chain.remembers else {}
+        counted = sum(turn.counts for turn in everybody)
+        if self.settings.min_clients and counted < self.settings.min_clients:  # as if nobody had come
+            mean, kept, counted = self._aggregate(like), {}, 0
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round, everybody)
         self._remember(kept)
-        own_turn = self._update(mean, clock, any(not (turn.rejected or turn.dropped_out) for turn in everybody))
-        self._record(round, everybody, own_turn, time.perf_counter() - started)
+        own_turn = self._update(mean, clock, counted > 0)
+        self._record(round, everybody, own_turn, counted, time.perf_counter() - started)
+
+    def _aggregate(self, like: Message) -> Aggregate:
+        rule = self.settings.aggregate
+        return Mean(like, self.chain.decodes) if rule is None else rule.over(like, self.chain.decodes)
 
     def _advance(self, clock: Clock) -> None:
         """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""
@@ -188,14 +219,14 @@ class Run:
             self.server[name].copy_(self.live[name].detach())
         self.ledger.changed(changed, period)
 
-    def _admit(self, turn: Turn, update: Message, weight: float, mean: Mean) -> None:
+    def _admit(self, turn: Turn, update: Message, weight: float, mean: Aggregate) -> None:
         """Add an update, or note why it is rejected."""
         if turn.rejected:
             return
         try:
             mean.add(update, weight)
         except ValueError as error:
-            turn.rejected = str(error)
+            turn.reject(error)
 
     def _remember(self, kept: Message) -> None:
         """What clients keep, by client; every process has it, since a client's next turn may be any's."""
@@ -205,7 +236,7 @@ class Run:
             new.setdefault(int(client), {})[own] = value
         self.memories |= new
 
-    def _update(self, mean: Mean, clock: Clock, arrived: bool) -> Turn | None:
+    def _update(self, mean: Aggregate, clock: Clock, arrived: bool) -> Turn | None:
         """The server's step: mean → lift → server optimizer → its own training → settle; returns what is told of its own training, which
         is left out where no client's update ``arrived``."""
         result: Mapping[str, Any] = mean.result()
@@ -265,25 +296,29 @@ class Run:
                 f"trained, and will be in the model; give rounds above {begins}, or stages fewer rounds"
             )
 
-    def _record(self, round: int, turns: list[Turn], own_turn: Turn | None, seconds: float) -> None:
+    def _record(self, round: int, turns: list[Turn], own_turn: Turn | None, counted: int, seconds: float) -> None:
         stage = self.chain.stage(round)
         for turn in turns:
+            if turn.stray:
+                continue
             self.ledger.visited(turn.client, turn.kept)
             self.result.cost.add(stage, round, turn.cost)
             if turn.server is not None:
                 self.result.cost.add_server(stage, round, turn.server)
         if own_turn is not None:
             self.result.cost.add_server(stage, round, own_turn.cost)
-        used = [turn for turn in turns if not (turn.rejected or turn.dropped_out)]
-        dropped_out = sum(turn.dropped_out for turn in turns)
+        used = [turn for turn in turns if turn.counts]
+        reasons = Counter(turn.reason for turn in turns if turn.rejected)
         samples = sum(self.sizes[turn.client] for turn in used)
         row: dict[str, float] = {
             "round": round,
             "stage": stage + 1,
             "loss": sum(turn.loss * self.sizes[turn.client] for turn in used) / samples if used else math.nan,
-            "clients": len(used),
-            "rejected": len(turns) - len(used) - dropped_out,
-            **({"dropped_out": dropped_out} if self.settings.dropout else {}),
+            "clients": counted,
+            "rejected": reasons.total(),
+            **{f"rejected_{reason}": number for reason, number in sorted(reasons.items())},
+            **({"dropped_out": sum(turn.dropped_out for turn in turns)} if self.settings.loses_clients else {}),
+            **({"void": int(len(used) > counted or not used)} if self.settings.min_clients else {}),
             "bytes_down": sum(turn.cost.bytes_down for turn in turns),
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
             "lr": self.own.raw_optimizer.param_groups[0]["lr"],
@@ -298,16 +333,18 @@ class Run:
             row |= self.result.metrics
         self.result.history.append(row)
         self.result.rounds = round + 1
-        self.report.round_is_done(row, [*turns, *([own_turn] if own_turn is not None else [])], self.result)
+        with self.processes.together():  # where one process alone writes, and its disk is full, the others are told
+            self.report.round_is_done(row, [*turns, *([own_turn] if own_turn is not None else [])], self.result)
 
     def _evaluate(self, round: int) -> dict[str, float]:
         """Figures of the server's model, computed by the first process and told to all."""
         metrics: dict[str, float] = {}
-        if self.processes.rank == 0:
-            self.module.eval()
-            for evaluator in self.evaluators:
-                self.report.doing(f"evaluating: {type(evaluator).__name__}")
-                metrics |= {name: float(value) for name, value in evaluator(self.module, self.data).items()}
+        with self.processes.together():
+            if self.processes.rank == 0:
+                self.module.eval()
+                for evaluator in self.evaluators:
+                    self.report.doing(f"evaluating: {type(evaluator).__name__}")
+                    metrics |= {name: float(value) for name, value in evaluator(self.module, self.data).items()}
         metrics = self.processes.gather(metrics)[0]
         if self.settings.evaluate_clients:
             metrics |= self._evaluate_clients()
@@ -350,6 +387,14 @@ class Run:
                 f"evaluate_clients=True, but {type(self.module).__name__}.validation_step gives no figure for clients' held-out samples "
                 "(a model that learns from two views has none for single images): judge its features by probes, and leave it out"
             )
+
+
+def _added(rows: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Rejected and dropped out in all ``rows``, by reason."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update({name: int(value) for name, value in row.items() if name.startswith("rejected_") or name == "dropped_out"})
+    return {name: number for name, number in sorted(total.items()) if number}
 
 
 def _of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]:

@@ -25,9 +25,15 @@ class SavedState:
         """What must be the same for a run to go on; the number of rounds may grow."""
         run, settings = self._run, self._settings
         shapes = {name: tuple(value.shape) for name, value in run.server.items()}
-        dropout = {"dropout": str(settings.dropout)} if settings.dropout else {}  # not in checkpoints of earlier versions
+        later = {  # not in checkpoints of earlier versions
+            "dropout": settings.dropout or None,
+            "over_select": settings.over_select if settings.over_select > 1 else None,
+            "deadline": settings.deadline,
+            "min_clients": settings.min_clients or None,
+            "aggregate": settings.aggregate and f"{type(settings.aggregate).__name__}({settings.aggregate.describe()})",
+        }
         return {
-            **dropout,
+            **{name: str(value) for name, value in later.items() if value is not None},
             "model": f"{type(run.module).__name__}({dict(getattr(run.module, 'hparams', {}))})",
             "entries": digest(shapes),
             "plugins": str(run.chain.describe()),

@@ -87,7 +87,7 @@ class ServerTraining:
             for name, value in self.plan.sent.items():
                 check_magnitude(f'entry "{name}"', value)
         except ValueError as error:  # clients would train from it, and could not send what comes of it
-            turn.rejected = turn.rejected or str(error)
+            turn.reject(error)
         turn.cost = self._meters.turn_cost(self.plan, samples, 0, 0, time.perf_counter() - started)
         return turn
 

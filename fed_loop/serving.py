@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
 
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.plan import Plan
@@ -10,6 +13,7 @@ from featherlight.fed_loop.trainees import Trainee, Trainees
 from featherlight.fed_loop.turn import Turn
 from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Message, Visit
+from featherlight.plugins.rejection import Rejection
 
 
 class Offer(NamedTuple):
@@ -34,6 +38,7 @@ class Serving:
 
     def begin_round(self) -> None:
         self._last: tuple[tuple[str, ...], bytes, Message] | None = None
+        self._due: dict[Hashable, dict[str, tuple[torch.Size, torch.dtype]]] = {}
 
     def offer(self, trainee: Trainee, plan: Plan, visit: Visit, server: Message, ledger: Ledger) -> Offer:
         """What the client of ``visit``, which trains ``trainee``'s module, lacks of the server's entries."""
@@ -45,13 +50,52 @@ class Serving:
             self._last = names, payload, unpack(payload)
         return Offer(self._last[1], self._last[2], kept)
 
-    def read(self, payload: bytes, limit: int, visit: Visit, turn: Turn) -> Message:
+    def read(self, payload: bytes, limit: int, trainee: Trainee, plan: Plan, visit: Visit, turn: Turn) -> Message:
         """The update as the server reads it: new values, or, where plugins change what travels, differences as decoding gave them. One
-        that it cannot read is rejected."""
-        chain = self._trainees.own.chain
+        that it cannot read is rejected, as is one with other entries than this client was to train, or with some of them missing."""
+        if turn.rejected:  # what a client makes of a turn that failed need not even be a message
+            return {}
+        chain, expected = self._trainees.own.chain, self._expected(trainee, plan, visit)
         try:
             update = unpack(payload, limit=limit)
-            return dict(chain.decode(update, visit)) if chain.decodes else update
-        except ValueError as error:
-            turn.rejected = turn.rejected or str(error)
-            return {}
+            read = dict(chain.decode(update, visit)) if chain.decodes else update
+            self._check(read, expected)
+        except Rejection as error:
+            turn.reject(error)
+        except Exception as error:  # whatever a decoder makes of a message that no client of ours would send
+            turn.reject(f"its message cannot be read: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}", "unreadable")
+        else:
+            return read
+        return {}
+
+    def _expected(self, trainee: Trainee, plan: Plan, visit: Visit) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What is read of a client that has trained what ``plan`` says: found out, once a round, by sending zeros."""
+        key = id(trainee), tuple(plan.sent)
+        if key not in self._due:
+            chain = self._trainees.own.chain
+            entries: Mapping[str, Any] = {name: value.detach() for name, value in plan.sent.items()}
+            if chain.by_differences:
+                entries = trainee.chain.encode({name: torch.zeros_like(value) for name, value in entries.items()}, visit)
+            if chain.decodes:
+                entries = chain.decode(dict(entries), visit)
+            values = {name: entry[0] if isinstance(entry, tuple) else entry for name, entry in entries.items()}
+            self._due[key] = {name: (value.shape, value.dtype) for name, value in values.items()}
+        return self._due[key]
+
+    @staticmethod
+    def _check(read: Mapping[str, Any], due: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+        """Refuse what is not ``due``.
+
+        Raises:
+            Rejection: a name too many or too few, another shape, another dtype.
+        """
+        if more := [name for name in read if name not in due]:
+            raise Rejection("names", f'entry "{more[0]}" is not among the {len(due)} that this client was to train')
+        if missing := [name for name in due if name not in read]:
+            raise Rejection("names", f'entry "{missing[0]}" and {len(missing) - 1} more of {len(due)} did not come')
+        for name, entry in read.items():
+            value, (shape, dtype) = entry[0] if isinstance(entry, tuple) else entry, due[name]
+            if value.shape != shape:
+                raise Rejection("shape", f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(shape)}')
+            if value.dtype != dtype:
+                raise Rejection("dtype", f'entry "{name}" is of {value.dtype}, expected {dtype}')

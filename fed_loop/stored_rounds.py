@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.aggregate import Aggregate
 from featherlight.fed_loop.cohort import sample, steps_done
 from featherlight.fed_loop.divided_batch import DividedBatch, StoredBatches, encoded, heading
 from featherlight.fed_loop.ledger import Ledger
@@ -62,12 +62,6 @@ class StoredRounds:
         self._understood = False
         self._blameless: set[int] = set()
 
-    def cohort(self, partition: Partition, size: int | None, seed: int, round: int) -> list[int]:
-        """Who takes part: of all clients where devices work, else of those who have something in the buffer."""
-        if partition.devices_work:
-            return sample(self._data.num_clients, size, seed, round)
-        return replay_cohort(partition, size, seed, round)
-
     def turns(
         self, partition: Partition, visits: Sequence[Visit], server: Message, ledger: Ledger, gone: Mapping[int, float]
     ) -> Iterator[tuple[Turn, Message]]:
@@ -92,7 +86,7 @@ class StoredRounds:
             if not (turn.rejected or turn.dropped_out):  # by now we know whether its update was taken
                 buffer.set_aside(visit.client, message, bounded=not partition.joint)
 
-    def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Mean) -> None:
+    def together(self, partition: Partition, turns: list[Turn], round: int, seed: int, server: Message, mean: Aggregate) -> None:
         """Where one rear trains on everybody's batches: the first process trains it. To be called once all turns are over."""
         if partition.devices_work:
             self._share(partition)
@@ -102,12 +96,15 @@ class StoredRounds:
         clients = sorted(turn.client for turn in everybody if not (turn.rejected or turn.dropped_out))
         whole = Turn(-1)
         far: dict[str, str] = {}
-        if self._processes.rank == 0 and clients:
-            far = self._jointly(partition, clients, Visit(round, clients[0], seed), server, mean, whole)
+        with self._processes.together():
+            if self._processes.rank == 0 and clients:
+                far = self._jointly(partition, clients, Visit(round, clients[0], seed), server, mean, whole)
         told = self._processes.gather({"loss": whole.loss, "rejected": whole.rejected, "far": far})[0]
         for place, turn in enumerate(turns):
             if not (turn.rejected or turn.dropped_out):
-                turn.loss, turn.rejected = told["loss"], told["far"].get(str(turn.client), told["rejected"])
+                turn.loss = told["loss"]
+                if why := told["far"].get(str(turn.client), told["rejected"]):
+                    turn.reject(why, "norm" if str(turn.client) in told["far"] else "not_finite")
             if place == 0 and self._processes.rank == 0:
                 turn.server = whole.server
         if told["rejected"]:  # of all together, which says nothing against any one of their messages
@@ -145,7 +142,9 @@ class StoredRounds:
             if not mine:
                 buffer.set_aside(client, arrived[name].numpy().tobytes(), bounded=False)
 
-    def _jointly(self, partition: Partition, clients: list[int], first: Visit, server: Message, mean: Mean, whole: Turn) -> dict[str, str]:
+    def _jointly(
+        self, partition: Partition, clients: list[int], first: Visit, server: Message, mean: Aggregate, whole: Turn
+    ) -> dict[str, str]:
         """One rear on all clients' activations. Where that fails, once more without those that are far beyond the others'.
 
         Returns:
@@ -173,14 +172,14 @@ class StoredRounds:
         return far
 
     def _try(
-        self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, mean: Mean, whole: Turn
+        self, partition: Partition, visit: Visit, stored: Sequence[StoredBatches], age: int, server: Message, mean: Aggregate, whole: Turn
     ) -> None:
         """Train one rear, and add it to ``mean`` or note why not."""
         update = self._train(partition, visit, stored, age, server, whole)
         try:
             mean.add({} if whole.rejected else update, 1.0)
         except ValueError as error:
-            whole.rejected = str(error)
+            whole.reject(error)
 
     # -- the device -------------------------------------------------------------------------------------------------
     def _device(
@@ -209,7 +208,7 @@ class StoredRounds:
                 for value in activations:
                     partition.codec.check(value)
             except ValueError as error:
-                turn.rejected = turn.rejected or str(error)
+                turn.reject(error, "not_finite")
             for value in () if turn.rejected else activations:
                 partition.codec.check_sign(value)
             message |= encoded("{}.{}".format(*divmod(place, per_draw)), activations, divided.labels(partition.labels), partition.codec)
@@ -235,12 +234,12 @@ class StoredRounds:
         """A copy of the rear, trained on one client's activations; nothing where all train one."""
         buffer = _buffer(partition)
         if len(message) > buffer.limit:
-            turn.rejected = f"its activations take {len(message)} bytes, and all there is for them is buffer_bytes={buffer.limit}"
+            turn.reject(f"its activations take {len(message)} bytes, and all there is for them is buffer_bytes={buffer.limit}")
             return {}
         try:
             stored = self._read(partition, message)
         except ValueError as error:
-            turn.rejected = str(error)
+            turn.reject(error, "unreadable")
             return {}
         age = 0 if partition.devices_work else visit.round - buffer.round_of(visit.client)
         return {} if partition.joint else self._train(partition, visit, [stored], age, server, turn)
@@ -277,7 +276,7 @@ class StoredRounds:
                 turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
-            turn.rejected = "loss is not finite"
+            turn.reject("loss is not finite", "not_finite")
         rear_plan = server_plan(plan, device_plan(plan, partition))
         turn.server = self.server_meters.turn_cost(rear_plan, samples, 0, 0, time.perf_counter() - started)
         return {name: value.detach() for name, value in plan.sent.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
-from featherlight.fed_loop.cohort import sample
+from featherlight.fed_loop.cohort import asked
 from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.predict import precision_of, with_memory
@@ -71,7 +71,7 @@ def _over_rounds(settings: Federation, num_clients: int, own: Trainee, trainees:
         own.begin(Clock(round, 0))
         if own.chain.partition(Clock(round, 0)) is not None:
             return None
-        cohort = sample(num_clients, settings.cohort, settings.seed, round)[:MOST_CLIENTS]
+        cohort = asked(settings, num_clients, round)[:MOST_CLIENTS]
         trained, present = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
         for client in cohort:
             visit = Visit(round, client, settings.seed)

@@ -18,6 +18,7 @@ from featherlight.fed_loop.wire import pack
 from featherlight.plugins import Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
+from featherlight.plugins.rejection import REASONS, Reason, Rejection
 from featherlight.plugins.seeds import derive
 from featherlight.plugins.step_cost import count_samples
 from featherlight.plugins.targets import follow
@@ -29,7 +30,9 @@ class Turn:
 
     Args:
         loss: mean over steps; kept: what the client keeps of what it received, with versions; rejected: why its update
-            was not used, or nothing; dropped_out: no update came; server: what the server computed in this client's place, where it did.
+            was not used, or nothing; reason: the same, to count by; stray: of a client that was not asked, or has answered already,
+            so that nothing but its being rejected counts; dropped_out: no update came; server: what the server computed in this
+            client's place, where it did.
     """
 
     client: int
@@ -37,17 +40,43 @@ class Turn:
     loss: float = 0.0
     kept: dict[str, int] = field(default_factory=dict)
     rejected: str = ""
+    reason: Reason = "other"
+    stray: bool = False
     dropped_out: bool = False
     cost: TurnCost = field(default_factory=TurnCost)
     server: TurnCost | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether its update is one of the round's."""
+        return not (self.rejected or self.dropped_out)
+
+    def reject(self, why: str | Exception, reason: Reason = "other") -> None:
+        """Its update will not be used; what was said first stays."""
+        if not self.rejected:
+            self.rejected = str(why) or type(why).__name__
+            self.reason = why.reason if isinstance(why, Rejection) else reason
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Turn:
+        """From :meth:`to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it cannot have come from there.
+        """
         server = data["server"] and TurnCost(**data["server"])
-        return cls(**{**data, "cost": TurnCost(**data["cost"]), "server": server})
+        turn = cls(**{**data, "cost": TurnCost(**data["cost"]), "server": server})
+        costs = [value for cost in (turn.cost, server) if cost for value in asdict(cost).values()]
+        if not all(type(value) is bool for value in (turn.stray, turn.dropped_out)) or not all(type(v) in (int, float) for v in costs):
+            raise TypeError("a turn's flags are true or false, its costs numbers")
+        if type(turn.client) is not int or type(turn.steps) is not int or turn.steps < 0 or type(turn.loss) not in (int, float):
+            raise TypeError("a turn's client and steps are whole numbers, its loss is a number")
+        if not isinstance(turn.rejected, str) or turn.reason not in REASONS:
+            raise TypeError(f"a turn's rejection is text, its reason one of {', '.join(REASONS)}")
+        return turn
 
 
 class LocalTraining:
@@ -78,7 +107,7 @@ class LocalTraining:
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
         if not bool(torch.isfinite(losses)):
-            turn.rejected = "loss is not finite"
+            turn.reject("loss is not finite", "not_finite")
         return samples
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from featherlight.plugins.base import Message
+from featherlight.plugins.rejection import Rejection
 
 # The format's names of dtypes, in the order in which its writer lays tensors out, then by name.
 _DTYPES = {
@@ -45,11 +46,11 @@ def unpack(payload: bytes, limit: int | None = None) -> Message:
         ValueError: the bytes are too many, or not a well-formed message.
     """
     if limit is not None and len(payload) > limit:
-        raise ValueError(f"a message of {len(payload)} bytes came where at most {limit} are allowed")
+        raise Rejection("unreadable", f"a message of {len(payload)} bytes came where at most {limit} are allowed")
     try:
         return load(payload)
-    except SafetensorError as error:
-        raise ValueError(f"a message of {len(payload)} bytes is not well-formed safetensors: {error}") from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, OverflowError) as error:  # of dtypes torch has not, too
+        raise Rejection("unreadable", f"a message of {len(payload)} bytes is not well-formed safetensors: {error}") from error
 
 
 def packed_length(message: Mapping[str, Tensor]) -> int:

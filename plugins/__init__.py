@@ -10,6 +10,7 @@ from featherlight.plugins.fetch_sgd import FetchSGD
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
 from featherlight.plugins.moon import MOON
+from featherlight.plugins.norm_clipping import NormClipping
 from featherlight.plugins.partition import Partition
 from featherlight.plugins.partitioned_training import PartitionedTraining
 from featherlight.plugins.present import held, trained
@@ -35,6 +36,7 @@ __all__ = [
     "IntrinsicProjection",
     "LayerFreezing",
     "Message",
+    "NormClipping",
     "Partition",
     "PartitionedTraining",
     "Plugin",

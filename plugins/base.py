@@ -86,6 +86,15 @@ class Plugin:
     stays_here: ClassVar[str] = ""
     """Why clients cannot use this method in processes of their own, where the server's instance is not; nothing where they can."""
 
+    only_adds: ClassVar[str] = ""
+    """Why of what clients send nothing but a mean can be taken, and no median; nothing where each coordinate means something by itself."""
+
+    renames: ClassVar[bool] = False
+    """Whether what the server reads of a message has other names than the entries that were encoded, until :meth:`lift`."""
+
+    bounds: ClassVar[bool] = False
+    """Whether :meth:`decode` holds the server to what :meth:`encode` did: it must then read what it encoded."""
+
     @property
     def remakes(self) -> bool:
         """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""

@@ -72,6 +72,13 @@ class Chain(Plugin):
                 "leave one out"
             )
         for number, plugin in enumerate(self.plugins):
+            if plugin.bounds and (later := [type(other).__name__ for other in self.plugins[number + 1 :] if other.renames]):
+                name = type(plugin).__name__
+                raise ValueError(
+                    f"{later[0]} makes other numbers of what {name} bounds, and the server could not tell whether a client kept to it: put "
+                    f"{name} behind {later[0]}"
+                )
+        for number, plugin in enumerate(self.plugins):
             try:
                 plugin.attach(model)
             except BaseException:

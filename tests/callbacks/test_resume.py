@@ -40,6 +40,7 @@ METHODS = {
         DepthDropout(blocks="encoder.blocks.*", every="batch"),
     ],
     "sampling": lambda: [PrismSampling(keep=0.5, warmup_periods=1), LayerFreezing(**STAGES)],
+    "the module's own dropout": lambda: [LayerFreezing(**STAGES, init="copy_previous"), DepthDropout(blocks="encoder.blocks.*")],
     "fresh starts": lambda: [FreshStart(), LayerFreezing(**STAGES), DepthDropout(blocks="encoder.blocks.*")],
 }
 
@@ -47,7 +48,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_state, tmp_path, positioned):
     def model():
-        return byol(dropout=0.5) if method != "fresh starts" else toy(dropout=0.5)
+        return toy(dropout=0.5) if method in ("fresh starts", "the module's own dropout") else byol(dropout=0.5)
 
     def run(*more, ckpt_path=None):
         trained, cost = model(), CostMonitor(show=False)

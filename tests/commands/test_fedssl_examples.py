@@ -27,7 +27,7 @@ def test_the_configurations_train(config: str, growth: str, method: str, tmp_pat
     stages = [f"--plugins.{growth}.periods_per_stage=1"]
     main(["federate", "-c", str(CONFIGS / f"{config}.yaml"), *model, *options, *stages, "--federation.folder=run"])
     history = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in history] == [0, 1, 2]
+    assert [row["stage"] for row in history] == [1, 2, 3]
     assert [row["rejected"] for row in history] == [0, 0, 0]
     assert {"knn", "linear"} <= history[-1].keys()
     down = [row["bytes_down"] for row in history]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from featherlight.fed_loop import Federation, Momentum
+from featherlight.fed_loop import Federation, Median, Momentum
 from featherlight.plugins import (
     MOON,
     DepthDropout,
@@ -17,6 +17,7 @@ from featherlight.plugins import (
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
+    NormClipping,
     PartitionedTraining,
     Plugin,
     PrismSampling,
@@ -122,6 +123,15 @@ class Slow(Plugin):
 def slowly(toys, settings):
     federation, module, data, plugins = replayed(toys, settings)
     return federation, module, data, [*plugins, Slow()]
+
+
+def medians(toys, settings):
+    """Medians of what several processes have; bounded, slow and vanishing clients; one rejected."""
+    data = toys.Points([10, 3, 14, 6, 8])
+    data.clients[3][0][0, 0] = float("nan")
+    plugins = [DepthDropout("blocks.*"), NormClipping(1.0), Quantization()]
+    options = {"cohort": 4, "over_select": 1.2, "dropout": 0.2, "aggregate": Median(), "min_clients": 1}
+    return Federation(4, seed=3, **options, **settings), toys.Net(), data, plugins
 
 
 def jointly(toys, settings):

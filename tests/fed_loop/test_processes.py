@@ -38,7 +38,7 @@ LAUNCHERS = {
             "torchrun",
             [
                 *("layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "held_near"),
-                *("replayed", "jointly", "queued", "lockstep", "calibrated"),
+                *("replayed", "jointly", "queued", "lockstep", "calibrated", "medians"),
             ],
         ),
     ],
@@ -54,7 +54,8 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
         rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3, "held_near": 5}  # one client, each time
-        assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
+        if name != "medians":  # there the client is now and then among those that drop out
+            assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
 
 
 def test_two_processes_killed_at_a_random_moment(runs, same, tmp_path):

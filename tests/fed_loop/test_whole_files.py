@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import threading
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from featherlight.fed_loop import checkpoint
 from featherlight.fed_loop.whole_files import write_text, write_whole
+from featherlight.plugins import Change, Plugin
 
 
 def full_disk(*_):
@@ -77,3 +80,58 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
     (tmp_path / ".round-000001.ckpt.partial").write_bytes(b"half")
     checkpoint.write(tmp_path, 1, {"round": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["round-000001.ckpt"]
+
+
+class Fill(Plugin):
+    """From a round on there is no room for what is logged."""
+
+    def __init__(self, round, folder):
+        self._round, self._folder = round, folder
+
+    def advance(self, clock):
+        if clock.period == self._round:
+            for path in [*self._folder.glob("events*"), *self._folder.glob("metrics.jsonl")]:
+                path.unlink()
+                path.symlink_to("/dev/full")
+        return Change()
+
+
+def test_a_log_that_cannot_grow_is_named(net, points, federation, tmp_path):
+    """/dev/full is a disk without room; the run stops with a line that names what it was writing."""
+    fill = Fill(1, tmp_path)
+    with pytest.raises(OSError, match=r"cannot add to .*metrics.jsonl .*No space left on device"):
+        federation(2, folder=tmp_path).run(net(), points([8]), [fill])
+    assert checkpoint.read(checkpoint.newest(tmp_path))["round"] == 1
+
+
+def test_a_logger_that_cannot_write_is_named_and_its_thread_says_nothing(net, points, federation, tmp_path, capfd):
+    logger, before = TensorBoardLogger(tmp_path, name="", version="board"), threading.excepthook
+
+    with pytest.raises(OSError, match=r"TensorBoardLogger cannot write .*No space left on device"):
+        federation(200, folder=tmp_path / "run", checkpoint_every=0).run(
+            net(), points([8]), [Fill(2, tmp_path / "board")], loggers=[logger]
+        )
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_a_folder_that_cannot_be_written_is_named(net, points, federation, tmp_path):
+    """Of another user than root, whom permissions do not hold."""
+    folder = tmp_path / "closed"
+    federation(1, folder=folder).run(net(), points([8]))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in (tmp_path, *tmp_path.parents):  # pytest's folders are open to their owner alone
+        if path.stat().st_uid == os.getuid() and path != path.parent:
+            path.chmod(path.stat().st_mode | 0o011)
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(OSError, match=r"cannot write .*Permission denied"):
+            federation(2, folder=folder).run(net(), points([8]), resume=True)
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

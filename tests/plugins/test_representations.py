@@ -163,9 +163,9 @@ def test_an_adapter_of_the_stage_is_the_received_one_too(moved):
 def test_a_copy_of_the_encoder_copies_no_more_than_that(batch):
     """As fine-tuning does while the plugins are attached, whatever else the module holds."""
     model = Model()
-    model.lock = threading.Lock()  # cannot be copied
     plugin = RepresentationAlignment(through=THROUGH)
     received_of(model, plugin)
+    model.lock = threading.Lock()  # cannot be copied
     assert torch.is_tensor(copy.deepcopy(model.encoder)(batch[0][0]))
 
 

@@ -1,0 +1,459 @@
+"""Kill runs anywhere, damage what they leave, take their disk away; resume them, and compare with what nobody disturbed, bit for bit.
+
+    python benchmarks/kill_anywhere.py                              every method and fault, 10 times each: about an hour of one core
+    python benchmarks/kill_anywhere.py --times 100 --methods top-k intrinsic --faults killed
+
+A toy model, so that a run takes a second and what is tried is everything around training. A row is a method, a column a fault, a cell how
+often it was tried and how often the run ended, resumed, with the weights and the history of the undisturbed one. The exit code is 1 where
+anything was lost. Processes are forked, and killed by SIGKILL once they have computed for a time drawn at random from a whole run's.
+
+- killed: a federation's only process, up to three times in one run.
+- killed, two: both processes of a federation on two, which then goes on with one or two, at random.
+- one of two: one of them alone; the other gets SIGTERM five seconds later, and SIGKILL twenty, unless it has ended, as torchrun does it.
+- raised: one of two meets an error in the middle of a round: both end, and the first alone tells of it.
+- cut, flipped: killed, and the newest checkpoint loses its end, or a bit of its tensors changes.
+- no room: from some byte on the system refuses to make files longer, as a full disk does.
+- closed: the folder may no longer be written (for another user than root, which the process becomes).
+- Trainer: killed under Lightning's Trainer, with checkpoints in the middle of epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from featherlight import callbacks
+from featherlight.commands.trainer_checkpoint import WholeFiles
+from featherlight.commands.trainer_checkpoint import read_newest as read_newest_of_trainer
+from featherlight.fed_loop import Adam, Federation, Median, Momentum, checkpoint
+from featherlight.fed_loop.whole_files import write_whole
+from featherlight.plugins import (
+    MOON,
+    DepthDropout,
+    FedEMA,
+    FetchSGD,
+    IntrinsicProjection,
+    LayerFreezing,
+    NormClipping,
+    PartitionedTraining,
+    PrismSampling,
+    ProgressiveGrowth,
+    Proximal,
+    Quantization,
+    RepresentationAlignment,
+    TopK,
+)
+
+BLOCKS, THROUGH = "blocks.*", ("stem", "blocks", "dropout", "head")
+FEDERATED: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
+    "averaging": lambda _: ([], {"server": Adam(0.1)}),
+    "layer-wise": lambda _: (
+        [LayerFreezing(BLOCKS, periods_per_stage=2, init="copy_previous"), DepthDropout(BLOCKS)],
+        {"server": Momentum()},
+    ),
+    "progressive": lambda _: ([ProgressiveGrowth(BLOCKS, periods_per_stage=2), DepthDropout(BLOCKS, every="batch")], {}),
+    "PriSM": lambda _: ([PrismSampling({0.3: 0.5, 0.6: 0.5}, layers=BLOCKS)], {"server": Momentum()}),
+    "intrinsic": lambda _: ([IntrinsicProjection(20, subspaces=2, periods_per_span=2), Quantization(6)], {}),
+    "EcoFed": lambda _: ([PartitionedTraining("blocks.1", replay_period=3, draws=2)], {}),
+    "EcoFed, disk": lambda folder: ([PartitionedTraining("blocks.1", replay_period=3, buffer=str(folder / "buffer"))], {}),
+    "split": lambda _: ([PartitionedTraining("blocks.1", way="split")], {}),
+    "top-k": lambda _: ([TopK(20)], {"server": Momentum()}),
+    "FetchSGD": lambda _: ([LayerFreezing(BLOCKS, periods_per_stage=3), FetchSGD(40, 3, 15)], {}),
+    "8 bits": lambda _: ([Quantization(down=True)], {}),
+    "held near": lambda _: ([FedEMA(of="blocks"), RepresentationAlignment(through=THROUGH), MOON(through=THROUGH), Proximal(0.1)], {}),
+    "robust": lambda _: ([NormClipping(1.0)], {"aggregate": Median(), "over_select": 1.3, "dropout": 0.2, "min_clients": 1}),
+}
+TRAINED: dict[str, Callable[[], list[Any]]] = {
+    "layer-wise": lambda: [callbacks.LayerFreezing(blocks=BLOCKS, periods_per_stage=2), callbacks.DepthDropout(blocks=BLOCKS)],
+    "progressive": lambda: [callbacks.ProgressiveGrowth(blocks=BLOCKS, periods_per_stage=2)],
+    "PriSM": lambda: [callbacks.PrismSampling(keep=0.5, layers=["blocks.*.linear"])],
+    "intrinsic": lambda: [callbacks.IntrinsicProjection(20)],
+    "held near": lambda: [callbacks.RepresentationAlignment(through=THROUGH)],
+}
+ROUNDS = 6
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, width), nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.norm(self.linear(x)))
+
+
+class Net(pl.LightningModule):
+    """(N, 6) to (N, 3): a stem, three residual blocks with batch norm and dropout, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(6, 8)
+        self.blocks = nn.Sequential(*[Residual(8) for _ in range(3)])
+        self.dropout, self.head = nn.Dropout(0.3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.blocks(self.stem(x))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+class Points:
+    """Four clients with 10, 14, 8 and 11 points, in batches of four in a fixed order."""
+
+    num_clients = 4
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self._clients = [
+            (torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for size in self.client_sizes()
+        ]
+
+    def client_sizes(self) -> list[int]:
+        return [10, 14, 8, 11]
+
+    def steps_per_visit(self, client: int, epochs: int) -> int:
+        return len(self.batches(client)) * epochs
+
+    def batches(self, client: int) -> list[tuple[Tensor, Tensor]]:
+        return [(x.clone(), y.clone()) for x, y in zip(*(part.split(4) for part in self._clients[client]))]
+
+    def client_batches(self, visits: Any, epochs: int) -> Iterator[tuple[int, Any]]:
+        for index, visit in enumerate(visits):
+            for batch in self.batches(visit.client) * epochs:
+                yield index, batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+class Positioned:
+    """A loader that knows where it is, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.position = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.position %= len(self)
+        for batch in self.batches[self.position :]:
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+# -- runs, each in a process of its own ---------------------------------------------------------------------------------
+def federate(name: str, folder: Path, processes: int = 1) -> None:
+    """A federation to its end, from wherever ``folder`` says that it is."""
+    plugins, options = FEDERATED[name](folder)
+    settings: dict[str, Any] = {"cohort": 3, "seed": 4, "accelerator": "cpu", "progress": False, **options}
+    federation = Federation(ROUNDS, folder=folder, devices=processes, **settings)
+    module = Net()
+    result = federation.run(module, Points(), plugins, resume=True)
+    if federation.is_first:
+        history = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in result.history]
+        done = {"weights": module.state_dict(), "history": history}
+        write_whole(folder / "done.pt", lambda file: torch.save(done, file))
+
+
+def fit(name: str, folder: Path, processes: int = 1) -> None:
+    """A Trainer run likewise."""
+    path, _ = read_newest_of_trainer(folder)
+    saving = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)
+    silent: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=ROUNDS, callbacks=[*TRAINED[name](), saving], plugins=[WholeFiles()], **silent)
+    module, data = Net(), Points()
+    batches = Positioned([batch for client in range(3) for batch in data.batches(client)[:2]])
+    trainer.fit(module, batches, ckpt_path=path, weights_only=True)
+    done = {"weights": module.state_dict(), "history": list[Any]()}
+    write_whole(folder / "done.pt", lambda file: torch.save(done, file))
+
+
+Run = Callable[[str, Path, int], None]
+
+
+def start(run: Run, name: str, folder: Path, processes: int = 1, before: Callable[[], None] = lambda: None) -> list[int]:
+    """Fork it; what it says goes to ``said`` beside the folder. Returns the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid:
+            started.append(pid)
+            continue
+        code = 1
+        try:
+            said = os.open(folder.with_suffix(".said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            if processes > 1:  # as torchrun would
+                told = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kill_anywhere"}
+                os.environ |= {key: str(value) for key, value in told.items()}
+            before()
+            run(name, folder, processes)
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        except BaseException:
+            with suppress(OSError):  # where it has no room for that either
+                traceback.print_exc()
+        finally:
+            with suppress(OSError):
+                sys.stderr.flush()
+            os._exit(code)  # come what may: this is a copy of the process that looks after the folder
+    return started
+
+
+def computed(pid: int) -> float:
+    """Seconds for which a process's first thread has had a core, so far."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, IndexError):
+        return float("inf")
+
+
+def kill(pids: list[int], victims: list[int], after: float) -> bool:
+    """SIGKILL the ``victims`` once the first has computed for so long; returns whether they were still there. All must end."""
+    gone: dict[int, int] = {}
+    while victims[0] not in gone and computed(victims[0]) < after:
+        time.sleep(0.001)
+        _reap(pids, gone)
+    killed = [victim for victim in victims if victim not in gone]
+    for victim in killed:
+        os.kill(victim, signal.SIGKILL)
+    began, signals = time.monotonic(), [(20.0, signal.SIGKILL), (5.0, signal.SIGTERM)]  # as torchrun does with the others
+    while len(gone) < len(pids):
+        time.sleep(0.002)
+        _reap(pids, gone)
+        if signals and time.monotonic() - began > signals[-1][0]:
+            number = signals.pop()[1]
+            for pid in set(pids) - gone.keys():
+                os.kill(pid, number)
+    return bool(killed)
+
+
+def _reap(pids: list[int], gone: dict[int, int]) -> None:
+    for pid in pids:
+        if pid not in gone and os.waitpid(pid, os.WNOHANG)[0]:
+            gone[pid] = 1
+
+
+def wait(pids: list[int]) -> list[int]:
+    """Exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+def killed(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    hit = False
+    for _ in range(draw.randint(1, 3)):
+        pids = start(run, name, folder)
+        hit |= kill(pids, pids, draw.uniform(0, whole))
+    return hit
+
+
+def killed_two(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    pids = start(run, name, folder, processes=2)
+    hit = kill(pids, pids, draw.uniform(0, whole))
+    if draw.random() < 0.5:
+        wait(start(run, name, folder, processes=2))
+    return hit
+
+
+def one_of_two(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    pids = start(run, name, folder, processes=2)
+    return kill(pids, [draw.choice(pids)], draw.uniform(0, whole))
+
+
+def raised(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    victim, steps = draw.randrange(2), iter(range(draw.randint(1, 12)))
+
+    def arm() -> None:
+        own = Net.training_step
+
+        def training_step(self: Net, batch: Any, batch_idx: int) -> Tensor:
+            if next(steps, None) is None:
+                raise RuntimeError("raised on purpose")
+            return own(self, batch, batch_idx)
+
+        if os.environ["RANK"] == str(victim):
+            Net.training_step = training_step  # type: ignore[method-assign]
+
+    codes, said = wait(start(run, name, folder, processes=2, before=arm)), folder.with_suffix(".said").read_text()
+    if codes == [0, 0]:
+        return False
+    if codes != [1, 0] or said.count("raised on purpose") > 2 or "onnection" in said:  # 2: the line of code that raises, and what it says
+        (folder / "messy").touch()
+    return True
+
+
+def damaged(how: Callable[[bytearray, random.Random], bytes], run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    pids = start(run, name, folder)
+    kill(pids, pids, draw.uniform(0.5 * whole, 1.2 * whole))
+    if len(found := checkpoint.existing(folder)) < 2:
+        return False
+    found[-1].write_bytes(how(bytearray(found[-1].read_bytes()), draw))
+    (folder / "done.pt").unlink(missing_ok=True)
+    return True
+
+
+def cut(content: bytearray, draw: random.Random) -> bytes:
+    return bytes(content[: draw.randrange(len(content))])
+
+
+def flipped(content: bytearray, draw: random.Random) -> bytes:
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
+def no_room(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    most = draw.randrange(1, 20_000)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    codes = wait(start(run, name, folder, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))))
+    return codes != [0] and not (folder / "done.pt").exists()
+
+
+def closed(run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
+    pids = start(run, name, folder)
+    kill(pids, pids, draw.uniform(0.2 * whole, 0.9 * whole))
+    if (folder / "done.pt").exists() or not folder.exists():
+        return False
+    folder.chmod(0o555)
+    try:
+        wait(start(run, name, folder, before=lambda: os.setuid(65534) if os.geteuid() == 0 else None))
+    finally:
+        folder.chmod(0o755)
+    return not (folder / "done.pt").exists()
+
+
+Fault = Callable[[Run, str, Path, float, random.Random], bool]
+FAULTS: dict[str, Fault] = {
+    "killed": killed,
+    "killed, two": killed_two,
+    "one of two": one_of_two,
+    "raised": raised,
+    "cut": lambda *told: damaged(cut, *told),
+    "flipped": lambda *told: damaged(flipped, *told),
+    "no room": no_room,
+    "closed": closed,
+    "Trainer": killed,
+}
+
+
+def same(folder: Path, whole: dict[str, Any]) -> bool:
+    """Weights bit for bit, and what was logged."""
+    if not (folder / "done.pt").exists() or (folder / "messy").exists():
+        return False
+    found = torch.load(folder / "done.pt", weights_only=True)
+    weights = all(torch.equal(found["weights"][name], value) for name, value in whole["weights"].items())
+    return weights and repr(found["history"]) == repr(whole["history"])
+
+
+def tell_loss(folder: Path, name: str, fault: str, seed: int) -> None:
+    said = folder.with_suffix(".said").read_text() if folder.with_suffix(".said").exists() else ""
+    print(f"LOST: {name}, {fault}, seed {seed}\n{said[-1500:]}", file=sys.stderr, flush=True)
+
+
+def trials(fault: str, name: str, times: int, seed: int, home: Path) -> tuple[int, int]:
+    """How often the fault struck, and how often nothing was lost."""
+    run: Run = fit if fault == "Trainer" else federate
+    home.chmod(0o755)
+    undisturbed = home / f"{run.__name__}-{name}-whole"
+    if not (undisturbed / "done.pt").exists():
+        undisturbed.mkdir(exist_ok=True)
+        [pid] = start(run, name, undisturbed)
+        seconds = 0.0
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            seconds = max(seconds, now) if (now := computed(pid)) < float("inf") else seconds
+            time.sleep(0.002)
+        if not (undisturbed / "done.pt").exists():
+            raise RuntimeError(f"{name} does not run at all:\n{undisturbed.with_suffix('.said').read_text()[-3000:]}")
+        (undisturbed / "seconds").write_text(str(seconds))
+    whole, seconds = torch.load(undisturbed / "done.pt", weights_only=True), float((undisturbed / "seconds").read_text())
+    tried = survived = 0
+    for number in range(3 * times):
+        if tried == times:
+            break
+        folder = home / f"{run.__name__}-{name}-{fault}-{number}"
+        folder.mkdir()
+        draw = random.Random(f"{seed} {fault} {name} {number}")
+        struck = FAULTS[fault](run, name, folder, seconds, draw)
+        if not (folder / "done.pt").exists():
+            wait(start(run, name, folder))
+        kept = same(folder, whole)
+        tried, survived = tried + struck, survived + (struck and kept)
+        if not kept:
+            tell_loss(folder, name, fault, seed)
+        shutil.rmtree(folder)
+    return tried, survived
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", default=[*FEDERATED], choices=[*FEDERATED])
+    parser.add_argument("--faults", nargs="+", default=[*FAULTS], choices=[*FAULTS])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it cannot wait
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    table = Table("method", *options.faults, title="tried / nothing lost")
+    tried = survived = 0
+    with tempfile.TemporaryDirectory() as home:
+        for name in options.methods:
+            cells = []
+            for fault in options.faults:
+                if fault == "Trainer" and name not in TRAINED:
+                    cells.append("")
+                    continue
+                struck, kept = trials(fault, name, options.times, options.seed, Path(home))
+                tried, survived = tried + struck, survived + kept
+                cells.append(f"{struck} / {kept}")
+                print(f"{name}, {fault}: {struck} / {kept}", file=sys.stderr, flush=True)
+            table.add_row(name, *cells)
+    console = Console(width=160)
+    console.print(table)
+    console.print(f"{tried} faults, {tried - survived} lost (seed {options.seed})")
+    return int(survived < tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
