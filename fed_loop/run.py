@@ -26,7 +26,7 @@ from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.server_training import ServerTraining
 from featherlight.fed_loop.trainees import Trainees, local_steps
-from featherlight.fed_loop.turn import LocalTraining, Turn
+from featherlight.fed_loop.turn import LocalTraining, Turn, everybodys
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
 
@@ -163,7 +163,7 @@ class Run:
             self._interrupts.check()
         kind.together(round, turns, self.server, mean)
         mean.reduce(processes.all_reduce)
-        everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
+        everybody = everybodys(turns, processes)
         everybody.sort(key=lambda turn: turn.client)
         kept = processes.share(kept) if self.chain.remembers else {}
         self._whole = False  # from here to the end of the round, state is half old and half new
