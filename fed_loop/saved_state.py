@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,13 @@ class SavedState:
         """What must be the same for a run to go on; the number of rounds may grow."""
         run, settings = self._run, self._settings
         shapes = {name: tuple(value.shape) for name, value in run.server.items()}
-        dropout = {"dropout": str(settings.dropout)} if settings.dropout else {}  # not in checkpoints of earlier versions
+        later = {"dropout": (settings.dropout, 0), "client_batch": (settings.client_batch, 1)}  # not in checkpoints of earlier versions
         return {
-            **dropout,
+            **{name: str(value) for name, (value, usual) in later.items() if value != usual},
             "model": f"{type(run.module).__name__}({dict(getattr(run.module, 'hparams', {}))})",
             "entries": digest(shapes),
             "plugins": str(run.chain.describe()),
-            "clients": f"{run.data.num_clients} with {digest(list(run.sizes))}",
+            "clients": self._clients,
             "cohort": str(settings.cohort),
             "local_epochs": str(settings.local_epochs),
             "server": f"{type(settings.server).__name__}({settings.server.describe()})",
@@ -42,6 +43,11 @@ class SavedState:
             "threads": str(settings.compute["threads"]),
             "data": str(run.data.describe() if hasattr(run.data, "describe") else type(run.data).__name__),
         }
+
+    @cached_property
+    def _clients(self) -> str:
+        """How many, and of which sizes: worked out once, since there may be very many."""
+        return f"{self._run.data.num_clients} with {digest(list(self._run.sizes))}"
 
     def start_clean(self) -> None:
         """A new run, in a folder where no other has left anything.

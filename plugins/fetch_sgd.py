@@ -38,6 +38,7 @@ class FetchSGD(Plugin):
     """
 
     same_for_all = True
+    at_once = True
 
     def __init__(
         self, columns: int, rows: int = 5, k: int = 1000, momentum: float = 0.9, masking: bool = True, known_start: bool = True

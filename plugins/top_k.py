@@ -33,6 +33,7 @@ class TopK(Plugin):
     """
 
     same_for_all = True
+    at_once = True
 
     def __init__(self, k: int | None = None, share: float | None = None, error_feedback: bool = True, known_start: bool = True) -> None:
         if (k is None) == (share is None):
