@@ -23,23 +23,24 @@ from our_loop import CLOCKS, Ours, compare, quiet
 from small_models import Work, spread
 
 WORK = {
-    "linear": {"clients": 50, "steps": 4, "batch": 32},
-    "MLP": {"clients": 50, "steps": 4, "batch": 32},
-    "CNN": {"clients": 50, "steps": 5, "batch": 10},
+    "linear": {"steps": 4, "batch": 32},
+    "MLP": {"steps": 4, "batch": 32},
+    "CNN": {"steps": 5, "batch": 10},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(WORK), choices=list(WORK))
-    parser.add_argument("--k", nargs="+", type=int, default=[1, 10, 50])
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 10, 50], help="clients at once")
+    parser.add_argument("--cohort", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3, help="medians of so many")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
     quiet()
     for name in arguments.models:
-        work = Work.random(arguments.rounds, **WORK[name])
+        work = Work.random(arguments.rounds, arguments.cohort, **WORK[name])
         ours = {f"client_batch={k}": Ours(arguments.clock, client_batch=k) for k in arguments.k}
         bare = compare(ours, name, work, arguments.runs, arguments.clock)["bare"]
         print(f"{name}: bare loop {spread(bare)} ms a visit ({arguments.clock} time, {len(bare)} repetitions, torch {torch.__version__})")

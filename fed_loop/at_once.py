@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class ClientsAtOnce:
     def __init__(self, clients: Clients, size: int, clip: float | None) -> None:
         self._clients, self._size, self._clip = clients, size, clip
         self._taking = clients.taking
-        self._lanes: dict[Hashable, Lanes] = {}
+        self._lanes: Lanes | None = None
 
     def turns(self, stream: Iterable[Given], server: Message, ledger: Ledger) -> Iterator[tuple[Turn, Message, Message]]:
         """As :meth:`Clients.train` for each client of ``stream``."""
@@ -88,7 +88,8 @@ class ClientsAtOnce:
         begun = [self._clients.begun(one.given, trainee, plan, server, ledger) for one in waiting]
         turns = [turn for turn, _ in begun]
         self._load(lanes, plan, [values for _, values in begun], visits)
-        before = {name: value.detach().clone() for name, value in lanes.values.items()} if trainee.chain.by_differences else {}
+        first = slice(0, len(waiting))
+        before = {name: value.detach()[first].clone() for name, value in lanes.values.items()} if trainee.chain.by_differences else {}
         samples = self._train(lanes, trainee, waiting, turns)
         seconds = time.perf_counter() - started
         for lane, (one, turn) in enumerate(zip(waiting, turns, strict=True)):
@@ -104,14 +105,13 @@ class ClientsAtOnce:
             turn.cost.seconds = seconds * samples[lane] / sum(samples) + time.perf_counter() - started
             yield turn, update, kept
 
-    def _lanes_of(self, plan: Plan, size: int) -> Lanes:
-        """For so many clients that train what ``plan`` says, made once in each stage."""
-        key = size, tuple(plan.sent)
-        if key not in self._lanes:
-            self._lanes = {known: lanes for known, lanes in self._lanes.items() if known[1] == key[1]}  # type: ignore[index]
+    def _lanes_of(self, plan: Plan, count: int) -> Lanes:
+        """For so many clients or more that train what ``plan`` says: of a stage the largest so far, the first ones of which fewer take."""
+        if self._lanes is None or self._lanes.size < count or self._lanes.values.keys() != plan.sent.keys():
             own = self._clients.trainees.own
-            self._lanes[key] = Lanes(own.module, own.raw_optimizer, plan, size, self._taking.fabric.strategy.precision, self._clip)
-        return self._lanes[key]
+            self._lanes = None  # its memory goes first
+            self._lanes = Lanes(own.module, own.raw_optimizer, plan, count, self._taking.fabric.strategy.precision, self._clip)
+        return self._lanes
 
     def _load(self, lanes: Lanes, plan: Plan, values: Sequence[Mapping[str, Tensor]], visits: Sequence[Visit]) -> None:
         """What each client has into its lane; what does not train and is the same for all into the module."""
@@ -119,11 +119,12 @@ class ClientsAtOnce:
         with torch.no_grad():
             for name, live in plan.received.items():
                 given = [own[name] for own in values]
+                lane = lanes.values[name][: len(given)] if name in lanes.values else None
                 same = all(value is given[0] for value in given)
-                if name in lanes.values and same:
-                    lanes.values[name].copy_(given[0].expand(lanes.size, *live.shape))
-                elif name in lanes.values:
-                    torch._foreach_copy_(list(lanes.values[name].unbind()), given)
+                if lane is not None and same:
+                    lane.copy_(given[0].expand_as(lane))
+                elif lane is not None:
+                    torch._foreach_copy_(list(lane.unbind()), given)
                 elif same:
                     live.copy_(given[0])
                 else:
@@ -132,8 +133,8 @@ class ClientsAtOnce:
 
     def _train(self, lanes: Lanes, trainee: Trainee, waiting: Sequence[_Waiting], turns: Sequence[Turn]) -> list[int]:
         """All steps; puts losses and numbers of steps down, and returns each client's number of samples."""
-        losses = torch.zeros(lanes.size, device=self._taking.fabric.device)
-        samples = [0] * lanes.size
+        losses = torch.zeros(len(waiting), device=self._taking.fabric.device)
+        samples = [0] * len(waiting)
         for number in range(max(one.steps for one in waiting)):
             batches = [self._batch(one, number) for one in waiting]
             for at in _alike(batches):

@@ -103,7 +103,7 @@ class _OwnDropout(TorchFunctionMode):
 
 
 class Lanes:
-    """Weights of ``size`` clients that train the same of one module, and the optimizer that moves them.
+    """Weights of up to ``size`` clients that train the same of one module, and the optimizer that moves them.
 
     Args:
         module: is called with the lanes' weights in place of its own.
@@ -123,10 +123,10 @@ class Lanes:
         self._draws = any(isinstance(inner, nn.Dropout) and inner.p for inner in module.modules())
 
     def begin(self, apart: Mapping[str, Tensor], seeds: Sequence[int]) -> None:
-        """New clients have been put into :attr:`values`.
+        """New clients, ``size`` of them or fewer, have been put into :attr:`values`.
 
         Args:
-            apart: (size, …) by name: what is not trained, and yet differs from client to client.
+            apart: (clients, …) by name: what is not trained, and yet differs from client to client.
             seeds: of each client's own randomness.
         """
         self._optimizer.state.clear()
