@@ -6,8 +6,8 @@ order, which floats do not; it is also what secure aggregation needs. A value of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ COARSE = 2.0**30
 FINE = 2.0**46
 BOUND = 2.0**22
 """Largest magnitude of a value: above it the coarse part would lose bits."""
+PIECE = 2**15
+"""Elements added at a time on a CPU."""
 MOST_CLIENTS = 2**16
 """Largest cohort: the fine parts of more could overflow."""
 
@@ -42,6 +44,10 @@ class Aggregate(Protocol):
 
     def result(self) -> Means:
         """Of all that was added."""
+
+
+_Piece = tuple[slice, list[tuple[str, slice]]]
+"""A range of the sums, and what adds to it: names, and which part of each."""
 
 
 class Mean:
@@ -66,8 +72,17 @@ class Mean:
         device = next(iter(like.values())).device if like else torch.device("cpu")
         self._sums = torch.zeros(2, sum(sizes), dtype=torch.int64, device=device)
         self._weights = torch.zeros(sum(weight_sizes), dtype=torch.int64, device=device)
+        largest = max(sizes, default=0)
+        self._piece = max(1, min(PIECE, sum(sizes)) if device.type == "cpu" else largest)
+        self._buffers = [torch.empty(self._piece, dtype=dtype, device=device) for dtype in (torch.float64, torch.float64, torch.int64)]
+        self._cuts: dict[tuple[str, ...], list[_Piece]] = {}
         self._at = dict(zip(self._shapes, _slices(sizes)))
         self._weight_at = dict(zip(self._shapes, _slices(weight_sizes)))
+
+    @classmethod
+    def over(cls, like: Mapping[str, Tensor], dense_weights: bool = False) -> Mean:
+        """What adds up one round, as robust aggregates have it."""
+        return cls(like, dense_weights)
 
     def add(self, update: Entries, weight: float) -> None:
         """Add one client's entries.
@@ -81,17 +96,55 @@ class Mean:
                 nothing of the update has been added then.
         """
         check_update(update, self._shapes)
-        for name, entry in update.items():
-            value, own = entry if isinstance(entry, tuple) else (entry, None)
-            # rounded before it multiplies the value: a sum divided by its weights is then a mean, however small they are
-            units = torch.as_tensor(weight if own is None else own.double().flatten() * weight, dtype=torch.float64) * COARSE
-            units = units.round().to(self._sums.device)
-            scaled = value.double().flatten() * units
-            coarse = scaled.round()
-            where = self._at[name]
-            self._sums[0, where] += coarse.long()
-            self._sums[1, where] += ((scaled - coarse) * FINE).round_().long()
-            self._weights[self._weight_at[name]] += units.long()
+        units = float(round(weight * COARSE))  # rounded before it multiplies values: a sum divided by its weights is then a mean
+        entries = [(name, entry) for name in self._at if (entry := update.get(name)) is not None]
+        plain = {name: entry.detach().reshape(-1) for name, entry in entries if not isinstance(entry, tuple)}
+        for where, parts in self._pieces(tuple(plain)):
+            self._add(where, [plain[name][part] for name, part in parts], units)
+        for where in _joined([self._weight_at[name] for name in plain]):
+            self._weights[where] += int(units)
+        for name, entry in entries:
+            if isinstance(entry, tuple):
+                value, own = (part.detach().reshape(-1) for part in entry)
+                self._add_weighted(name, value, own, weight)
+
+    def _add_weighted(self, name: str, value: Tensor, own: Tensor, weight: float) -> None:
+        """Where each element has a weight of its own."""
+        for where, ((_, part),) in self._pieces((name,)):
+            units = (own[part].double() * weight).mul_(COARSE).round_().to(self._sums.device)
+            self._add(where, [value[part]], units)
+            self._weights[where] += units.long()
+
+    def _add(self, where: slice, values: Sequence[Tensor], units: float | Tensor) -> None:
+        """Add ``values``, (n₁,), (n₂,), …, one behind the other, times ``units``, through buffers that stay in the processor's cache."""
+        scaled, coarse, whole = (buffer[: where.stop - where.start] for buffer in self._buffers)
+        at = 0
+        for value in values:
+            scaled[at : at + len(value)].copy_(value)
+            at += len(value)
+        torch.round(scaled.mul_(units), out=coarse)
+        self._sums[0, where] += whole.copy_(coarse)
+        self._sums[1, where] += whole.copy_(scaled.sub_(coarse).mul_(FINE).round_())
+
+    def _pieces(self, names: tuple[str, ...]) -> list[_Piece]:
+        """Neighbouring entries together, long ones in parts."""
+        if names not in self._cuts:
+            pieces: list[_Piece] = []
+            for name in names:
+                start, stop = self._at[name].start, self._at[name].stop
+                first = start
+                while first < stop:
+                    last = pieces[-1][0] if pieces else slice(0, 0)
+                    room = self._piece - (last.stop - last.start) if pieces and last.stop == first else 0
+                    end = min(stop, first + (room or self._piece))
+                    part = name, slice(first - start, end - start)
+                    if room:
+                        pieces[-1] = slice(last.start, end), [*pieces[-1][1], part]
+                    else:
+                        pieces.append((slice(first, end), [part]))
+                    first = end
+            self._cuts[names] = pieces
+        return self._cuts[names]
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up over processes."""
@@ -128,6 +181,10 @@ def check_update(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
             raise Rejection("names", f'entry "{name}" is not among the {len(shapes)} that train in this round')
         if value.shape != shapes[name]:
             raise Rejection("shape", f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(shapes[name])}')
+    if _all_below_bound(update.values()):
+        return
+    for name, entry in update.items():  # which of them?
+        value = entry[0] if isinstance(entry, tuple) else entry
         if isinstance(entry, tuple):
             own = entry[1]
             if own.shape != value.shape or not bool((own >= 0).all()):  # false for NaN too
@@ -137,15 +194,29 @@ def check_update(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
         check_magnitude(f'entry "{name}"', value)
 
 
+def _all_below_bound(entries: Iterable[Any]) -> bool:
+    """Whether nothing is the matter with plain entries of one dtype, at one look; false where that cannot be said."""
+    values = [entry for entry in entries if not isinstance(entry, Tensor) or entry.numel()]
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values) or len({value.dtype for value in values}) > 1:
+        return False
+    if not values:
+        return True
+    extremes = torch.stack([extreme for value in values for extreme in value.detach().aminmax()]).tolist()
+    return all(-BOUND < extreme < BOUND for extreme in extremes)  # false for NaN too
+
+
 def check_magnitude(what: str, value: Tensor) -> None:
     """Refuse what cannot be added up.
 
     Raises:
         Rejection: some of ``value`` is not finite, or of magnitude :data:`BOUND` or more.
     """
-    largest = value.detach().double().abs().max() if value.numel() else torch.zeros(())
-    if not bool(largest < BOUND):  # false for NaN too
-        raise Rejection("not_finite", f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {float(largest)})")
+    if not value.numel():
+        return
+    value = value.detach() if value.is_floating_point() else value.detach().double()
+    least, most = torch.stack(value.aminmax()).tolist()
+    if not (least > -BOUND and most < BOUND):  # false for NaN too
+        raise Rejection("not_finite", f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {max(abs(least), abs(most))})")
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -154,3 +225,14 @@ def _slices(sizes: list[int]) -> list[slice]:
         slices.append(slice(start, start + size))
         start += size
     return slices
+
+
+def _joined(slices: Sequence[slice]) -> list[slice]:
+    """Neighbours as one."""
+    joined: list[slice] = []
+    for part in slices:
+        if joined and joined[-1].stop == part.start:
+            joined[-1] = slice(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return joined

@@ -158,6 +158,8 @@ def check_settings(settings: Federation) -> None:
     """
     if settings.evaluate_clients:
         raise ValueError("evaluate_clients=True: clients in processes of their own are sent models to train, not to evaluate: leave it out")
+    if settings.client_batch > 1:
+        raise ValueError(f"client_batch={settings.client_batch} trains clients in this process, and here each has its own: leave it out")
     devices, nodes = settings.compute["devices"], settings.compute["num_nodes"]
     if devices not in (1, "1") or nodes > 1:
         raise ValueError(

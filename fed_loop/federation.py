@@ -72,6 +72,9 @@ class Federation:
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
         clip: largest gradient norm of a step, a client's or one of the server's own training.
+        client_batch: train so many clients at once on one device, in fewer and larger operations; weights, gradients and optimizer state
+            are there as many times. The result is the same to rounding, which then depends on who trains beside whom, and so on the
+            number of processes. What cannot be trained so is refused.
         evaluate_every: evaluate the server's model every so many rounds; 0 for the end only.
         evaluate_clients: evaluate the global model on every client's own held-out part, too.
         folder: where metrics, costs and checkpoints go; nothing is written if left out.
@@ -100,6 +103,7 @@ class Federation:
         seed: int = 0,
         resend: bool = False,
         clip: float | None = None,
+        client_batch: int = 1,
         evaluate_every: int = 0,
         evaluate_clients: bool = False,
         folder: str | Path | None = None,
@@ -115,6 +119,7 @@ class Federation:
             ("rounds", rounds, 1),
             ("cohort", cohort, 1),
             ("local_epochs", local_epochs, 1),
+            ("client_batch", client_batch, 1),
             ("evaluate_every", evaluate_every, 0),
             ("checkpoint_every", checkpoint_every, 0),
             ("min_clients", min_clients, 0),
@@ -147,6 +152,7 @@ class Federation:
         self.seed = seed
         self.resend = resend
         self.clip = clip
+        self.client_batch = client_batch
         self.evaluate_every = evaluate_every
         self.evaluate_clients = evaluate_clients
         self.folder = Path(folder) if folder is not None else None

@@ -24,7 +24,7 @@ from featherlight.fed_loop.two_parts import device_plan, passes, server_plan
 from featherlight.fed_loop.wire import pack, unpack
 from featherlight.plugins import Clock, Message, Partition, Visit
 from featherlight.plugins.optimizer_state import clear
-from featherlight.plugins.seeds import derive
+from featherlight.plugins.seeds import derive, seed_model
 from featherlight.plugins.step_cost import count_samples
 from featherlight.plugins.targets import follow
 
@@ -78,10 +78,9 @@ class LockstepRounds:
             torch._foreach_copy_(list(plan.received.values()), values)
         follow(own.module, own.targets)
         clear([own.raw_optimizer])
-        own.module.zero_grad()
         bytes_down, bytes_up, samples, device_seconds = len(down), 0, 0, time.perf_counter() - started
         losses = torch.zeros((), device=self._fabric.device)
-        torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))
+        seed_model(derive(visit.seed, visit.round, visit.client, "model"), self._fabric.device)
         for number, raw in enumerate(batches):
             batch = as_weights(self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0), self._precision)
             size = count_samples(batch)

@@ -6,7 +6,7 @@ same sizes: what a turn costs is then the same whoever trained before it, in thi
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from featherlight.fed_loop.plan import Plan
 from featherlight.plugins.cost_table import TurnCost
@@ -30,6 +30,11 @@ class Meters:
         else:
             self._keys.append((*self._keys[:1], samples))
         return self._keys[-1] not in self._costs
+
+    def knows(self, structure: Hashable, samples: Sequence[int]) -> bool:
+        """Begin a turn whose first two steps are over so many ``samples``; whether neither is to be metered."""
+        wanted = [self.wants(structure, step, size) for step, size in enumerate(samples[:2])]
+        return not any(wanted)
 
     def note(self, cost: StepCost) -> None:
         """Keep the cost of the step last asked about."""

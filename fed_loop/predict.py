@@ -205,7 +205,6 @@ class _Prediction:
         if gone is not None:
             sizes = sizes[: steps_done(gone, len(sizes))]
         clear([trainee.raw_optimizer])
-        trainee.module.zero_grad()
         memory = self._memories.get(visit.client, {})
         key = id(trainee), tuple(plan.received), tuple(plan.sent), tuple(memory)
         arrived = key not in self._arrived

@@ -66,7 +66,6 @@ class DividedPrediction:
             plan = self._own.plan(visit)
             device = device_plan(plan, partition)
             clear([self._own.raw_optimizer])
-            self._own.module.zero_grad()
             with _unlogged():
                 if partition.buffer is None:
                     self._together(partition, visit, plan, device, gone.get(client))

@@ -33,7 +33,9 @@ class Processes:
         self, accelerator: str = "auto", devices: int | str = 1, num_nodes: int = 1, precision: str | int | None = None, threads: int = 1
     ) -> None:
         several = devices not in (1, "1") or num_nodes > 1
-        self._outer = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp" if several else "auto")
+        self._several = several
+        own: Any = {"strategy": "ddp"} if several else {"precision": precision}
+        self._outer = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, **own)
         self._precision = precision
         self._threads = threads
 
@@ -43,6 +45,9 @@ class Processes:
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         device = self._outer.device
+        self.fabric = self._outer
+        if not self._several:
+            return
         self.fabric = Fabric(
             accelerator=device.type,
             devices=1,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from featherlight.fed_loop.aggregate import Aggregate
+from featherlight.fed_loop.at_once import ClientsAtOnce, check_at_once, in_order
 from featherlight.fed_loop.away import AwayRounds, Carrier
 from featherlight.fed_loop.cohort import absent, asked, steps_done
-from featherlight.fed_loop.here import Clients
+from featherlight.fed_loop.here import Clients, Given
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.lockstep_rounds import LockstepRounds
 from featherlight.fed_loop.processes import Processes
@@ -75,6 +76,8 @@ class RoundKinds:
         own, partition = self._trainees.own, self._trainees.own.chain.partition(Clock(0, 0))
         check_partition(self._settings, partition, own.module, self._data)
         check_robust(self._settings, partition, own.chain)
+        if self._settings.client_batch > 1:
+            check_at_once(self._settings.client_batch, own, self._processes.fabric.strategy.precision)
         if self._carrier is not None:
             check_away(partition, own.chain)
 
@@ -162,6 +165,7 @@ class _Whole:
 
     def __init__(self, settings: Federation, clients: Clients, data: Any) -> None:
         self._settings, self._clients, self._data = settings, clients, data
+        self._at_once = ClientsAtOnce(clients, settings.client_batch, settings.clip) if settings.client_batch > 1 else None
 
     def cohort(self, round: int) -> list[int]:
         return asked(self._settings, self._data.num_clients, round)
@@ -170,6 +174,18 @@ class _Whole:
         self, visits: Sequence[Visit], server: Message, ledger: Ledger, memories: Mapping[int, Message]
     ) -> Iterator[tuple[Turn, Message, Message]]:
         self._clients.begin_round()
+        if self._at_once is not None:
+            yield from self._at_once.turns(self._given(in_order(visits, self._sizes), memories), server, ledger)
+            return
+        for given in self._given(visits, memories):
+            yield self._clients.train(given, server, ledger)
+
+    @cached_property
+    def _sizes(self) -> Sequence[int]:
+        return self._data.client_sizes()
+
+    def _given(self, visits: Sequence[Visit], memories: Mapping[int, Message]) -> Iterator[Given]:
+        """The turns to be taken, in one stream of batches."""
         epochs = self._settings.local_epochs
         for index, stream in groupby(self._data.client_batches(visits, epochs), key=itemgetter(0)):
             visit = visits[index]
@@ -177,7 +193,7 @@ class _Whole:
             gone = self._gone(visit)
             if gone is not None:  # groupby reads on to the next client
                 batches = islice(batches, steps_done(gone, self._data.steps_per_visit(visit.client, epochs)))
-            yield self._clients.train(visit, batches, server, ledger, memories.get(visit.client, {}), arrives=gone is None)
+            yield Given(visit, batches, memories.get(visit.client, {}), arrives=gone is None)
 
     def _gone(self, visit: Visit) -> float | None:
         """How far a client gets that drops out."""

@@ -27,7 +27,7 @@ from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.server_training import ServerTraining
 from featherlight.fed_loop.trainees import Trainees, local_steps
-from featherlight.fed_loop.turn import LocalTraining, Turn
+from featherlight.fed_loop.turn import LocalTraining, Turn, everybodys
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
 
@@ -170,10 +170,10 @@ class Run:
         self._advance(clock)
         kind = self.kinds.of(clock)
         cohort = kind.cohort(round)
-        mine = balance(cohort, self.sizes, processes.size)[processes.rank]
-        visits = [Visit(round, client, settings.seed) for client in mine]
+        visits = [Visit(round, client, settings.seed) for client in balance(cohort, self.sizes, processes.size)[processes.rank]]
         like = self.trainees.travels(Visit(round, client, settings.seed) for client in cohort)
-        mean = self._aggregate(like)
+        rule = (settings.aggregate or Mean).over
+        mean = rule(like, self.chain.decodes)
         total = sum(self.sizes[client] for client in cohort)
         turns: list[Turn] = []
         kept: Message = {}
@@ -187,21 +187,16 @@ class Run:
                 self._interrupts.check()
         kind.together(round, turns, self.server, mean)
         mean.collect(processes)
-        everybody = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
-        everybody.sort(key=lambda turn: turn.client)
+        everybody = everybodys(turns, processes)
         kept = processes.share(kept) if self.chain.remembers else {}
         counted = sum(turn.counts for turn in everybody)
         if self.settings.min_clients and counted < self.settings.min_clients:  # as if nobody had come
-            mean, kept, counted = self._aggregate(like), {}, 0
+            mean, kept, counted = rule(like, self.chain.decodes), {}, 0
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round, everybody)
         self._remember(kept)
         own_turn = self._update(mean, clock, counted > 0)
         self._record(round, everybody, own_turn, counted, time.perf_counter() - started)
-
-    def _aggregate(self, like: Message) -> Aggregate:
-        rule = self.settings.aggregate
-        return Mean(like, self.chain.decodes) if rule is None else rule.over(like, self.chain.decodes)
 
     def _advance(self, clock: Clock) -> None:
         """Bring the model to this round's stage from the server's weights; what a stage's beginning changes is the server's, too."""

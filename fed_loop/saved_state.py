@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,14 @@ class SavedState:
             "deadline": settings.deadline,
             "min_clients": settings.min_clients or None,
             "aggregate": settings.aggregate and f"{type(settings.aggregate).__name__}({settings.aggregate.describe()})",
+            "client_batch": settings.client_batch if settings.client_batch > 1 else None,
         }
         return {
             **{name: str(value) for name, value in later.items() if value is not None},
             "model": f"{type(run.module).__name__}({dict(getattr(run.module, 'hparams', {}))})",
             "entries": digest(shapes),
             "plugins": str(run.chain.describe()),
-            "clients": f"{run.data.num_clients} with {digest(list(run.sizes))}",
+            "clients": self._clients,
             "cohort": str(settings.cohort),
             "local_epochs": str(settings.local_epochs),
             "server": f"{type(settings.server).__name__}({settings.server.describe()})",
@@ -48,6 +50,11 @@ class SavedState:
             "threads": str(settings.compute["threads"]),
             "data": str(run.data.describe() if hasattr(run.data, "describe") else type(run.data).__name__),
         }
+
+    @cached_property
+    def _clients(self) -> str:
+        """How many, and of which sizes: worked out once, since there may be very many."""
+        return f"{self._run.data.num_clients} with {digest(list(self._run.sizes))}"
 
     def start_clean(self) -> None:
         """A new run, in a folder where no other has left anything.

@@ -112,10 +112,8 @@ class ServerTraining:
         own = self._own
         with self._calibration.opened(own.module), _slowed(own.raw_optimizer, self._calibration.lr_factor):
             clear([own.raw_optimizer])
-            own.module.zero_grad()
             yield self._calibration
         clear([own.raw_optimizer])
-        own.module.zero_grad()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.trainees import Trainee
-from featherlight.fed_loop.turn import Turn
+from featherlight.fed_loop.turn import Turn, everybodys
 from featherlight.fed_loop.two_parts import (
     Rear,
     device_plan,
@@ -38,7 +38,7 @@ from featherlight.plugins import Clock, Message, Partition, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
 from featherlight.plugins.replay_buffer import ReplayBuffer, fitting
-from featherlight.plugins.seeds import derive
+from featherlight.plugins.seeds import derive, seed_model
 from featherlight.plugins.step_cost import count_samples
 from featherlight.plugins.targets import follow
 
@@ -92,7 +92,7 @@ class StoredRounds:
             self._share(partition)
         if not partition.joint:
             return
-        everybody = [Turn.from_json(item) for share in self._processes.gather([turn.to_json() for turn in turns]) for item in share]
+        everybody = everybodys(turns, self._processes)
         clients = sorted(turn.client for turn in everybody if not (turn.rejected or turn.dropped_out))
         whole = Turn(-1)
         far: dict[str, str] = {}
@@ -259,9 +259,8 @@ class StoredRounds:
         with torch.no_grad():
             torch._foreach_copy_(list(plan.received.values()), [server[name] for name in plan.received])
         follow(own.module, own.targets)
-        torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))
+        seed_model(derive(visit.seed, visit.round, visit.client, "model"), self._fabric.device)
         clear([own.raw_optimizer])
-        own.module.zero_grad()
         rear = Rear(own.module, partition)
         losses, samples = torch.zeros((), device=self._fabric.device), 0
         for epoch in range(self._local_epochs):

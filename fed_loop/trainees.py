@@ -20,7 +20,8 @@ from featherlight.plugins.optimizer_state import check_covered, release
 
 def local_steps(fabric: Fabric, clip: float | None) -> Callable[[Chain], LocalStep]:
     """What makes a local step for a chain."""
-    return partial(LocalStep, precision=fabric.strategy.precision, backward=fabric.backward, clip=clip)
+    precision = fabric.strategy.precision  # of one device and no wrapper, Fabric's own ``backward`` does nothing else
+    return partial(LocalStep, precision=precision, backward=partial(precision.backward, model=None), clip=clip)
 
 
 def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:
@@ -84,7 +85,7 @@ class Trainee:
     def plan(self, visit: Visit) -> Plan:
         """Begin ``visit`` and read off what it takes."""
         plan = make_plan(self.module, self.chain, self.targets, visit)
-        check_covered(self.module, [self.raw_optimizer])
+        check_covered(plan.sent, [self.raw_optimizer])
         return plan
 
 

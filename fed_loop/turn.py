@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.trainees import Trainee
 from featherlight.fed_loop.wire import pack
-from featherlight.plugins import Clock, Message, Visit
+from featherlight.plugins import Chain, Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
 from featherlight.plugins.rejection import REASONS, Reason, Rejection
-from featherlight.plugins.seeds import derive
+from featherlight.plugins.seeds import derive, seed_model
 from featherlight.plugins.step_cost import count_samples
 from featherlight.plugins.targets import follow
+
+NOT_FINITE = "loss is not finite"
 
 
 @dataclass
@@ -79,6 +83,18 @@ class Turn:
         return turn
 
 
+def model_seed(visit: Visit) -> int:
+    """Of a model's own dropout, which has no other source."""
+    return derive(visit.seed, visit.round, visit.client, "model")
+
+
+def everybodys(turns: list[Turn], processes: Processes) -> list[Turn]:
+    """All processes' turns, in the order of clients."""
+    if processes.size > 1:
+        turns = [Turn.from_json(item) for share in processes.gather([turn.to_json() for turn in turns]) for item in share]
+    return sorted(turns, key=lambda turn: turn.client)
+
+
 class LocalTraining:
     """All local steps of one turn, a client's or the server's own."""
 
@@ -87,13 +103,12 @@ class LocalTraining:
 
     def steps(self, trainee: Trainee, step: LocalStep, meters: Meters, visit: Visit, batches: Iterable[Any], plan: Plan, turn: Turn) -> int:
         """Step through ``batches``, and put loss and number of steps down in ``turn``; returns the number of samples."""
-        torch.manual_seed(derive(visit.seed, visit.round, visit.client, "model"))  # the model's own dropout has no other source
+        seed_model(model_seed(visit), self._fabric.device)
         clear([trainee.raw_optimizer])
-        trainee.module.zero_grad()  # the client before left them
         losses = torch.zeros((), device=self._fabric.device)
         samples = 0
         for number, raw in enumerate(batches):
-            batch = self._data.on_after_batch_transfer(self._fabric.to_device(raw), 0)
+            batch = self.ready(raw)
             clock = Clock(visit.round, number)
             size = count_samples(batch)
             samples += size
@@ -106,17 +121,22 @@ class LocalTraining:
             losses += loss
             turn.steps += 1
         turn.loss = float(losses) / max(turn.steps, 1)
-        if not bool(torch.isfinite(losses)):
-            turn.reject("loss is not finite", "not_finite")
+        if not math.isfinite(float(losses)):
+            turn.reject(NOT_FINITE, "not_finite")
         return samples
+
+    def ready(self, raw: Any) -> Any:
+        """A batch of a client's data as the model takes it, on the device."""
+        here = self._fabric.device.type == "cpu"  # where batches are made
+        return self._data.on_after_batch_transfer(raw if here else self._fabric.to_device(raw), 0)
 
 
 class Taking:
     """The client's half of a turn: load what came, train, make the update. It knows no server."""
 
     def __init__(self, fabric: Fabric, data: Any) -> None:
-        self._fabric = fabric
-        self._training = LocalTraining(fabric, data)
+        self.fabric = fabric
+        self.training = LocalTraining(fabric, data)
         self.meters = Meters()
 
     def take(
@@ -133,25 +153,30 @@ class Taking:
             The update, serialised: new values, or what plugins made of differences; and what plugins keep for the client's next turn.
         """
         chain = trainee.chain
-        chain.recall({name: value.to(self._fabric.device) for name, value in memory.items()}, visit)
+        self.recall(chain, memory, visit)
         with torch.no_grad():
             torch._foreach_copy_(list(plan.received.values()), [values[name] for name in plan.received])
         follow(trainee.module, trainee.targets)
         before = {name: value.detach().clone() for name, value in plan.sent.items()} if chain.by_differences else {}
         chain.receive(visit)
         plan = plan.beside(chain.copies())
-        samples = self._training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
-        payload, kept = b"", Message()
-        if turn.dropped_out:
-            turn.rejected = ""
-        else:
-            payload = self._update(trainee, plan, before, visit)
-            kept = {name: value.detach().to("cpu", copy=True) for name, value in chain.remember(visit).items()}
+        samples = self.training.steps(trainee, trainee.step, self.meters, visit, batches, plan, turn)
+        payload, kept = self.end(chain, plan.sent, before, visit, turn)
         turn.cost = self.meters.turn_cost(plan, samples, turn.cost.bytes_down, len(payload))
         return payload, kept
 
-    def _update(self, trainee: Trainee, plan: Plan, before: Mapping[str, Tensor], visit: Visit) -> bytes:
-        """New values as they are, or, where plugins change what travels, what they make of the differences."""
-        if not before:
-            return pack(plan.sent)
-        return pack(trainee.chain.encode({name: value.detach() - before[name] for name, value in plan.sent.items()}, visit))
+    def recall(self, chain: Chain, memory: Message, visit: Visit) -> None:
+        """Give plugins what they kept at the end of the client's last turn."""
+        chain.recall({name: value.to(self.fabric.device) for name, value in memory.items()}, visit)
+
+    def end(
+        self, chain: Chain, sent: Mapping[str, Tensor], before: Mapping[str, Tensor], visit: Visit, turn: Turn
+    ) -> tuple[bytes, Message]:
+        """The update, serialised, and what plugins keep: new values as they are, or, where plugins change what travels and so there is a
+        ``before``, what they make of the differences. Nothing of a client that drops out."""
+        if turn.dropped_out:
+            turn.rejected = ""
+            return b"", Message()
+        update = chain.encode({name: value.detach() - before[name] for name, value in sent.items()}, visit) if before else sent
+        payload = pack(update)
+        return payload, {name: value.detach().to("cpu", copy=True) for name, value in chain.remember(visit).items()}

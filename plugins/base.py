@@ -83,6 +83,11 @@ class Plugin:
     starts_elsewhere: ClassVar[bool] = False
     """Whether :meth:`receive` moves the model away from what was received. Of a chain, such a plugin's turn comes after the others'."""
 
+    at_once: ClassVar[bool | None] = None
+    """Whether a host may train several clients of a round at once: what this method does from :meth:`decode_down` to :meth:`encode` is
+    the same for all of them, looks at no parameter, gradient or loss, and is not upset by others' turns that begin in between. None: it may
+    if this method overrides none of :data:`IN_TURN`."""
+
     stays_here: ClassVar[str] = ""
     """Why clients cannot use this method in processes of their own, where the server's instance is not; nothing where they can."""
 
@@ -263,6 +268,13 @@ class Plugin:
     def describe(self) -> dict[str, Any]:
         """The constructor's arguments: what a checkpoint compares to recognise a run of another configuration."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+IN_TURN = (
+    *("narrow", "partition", "visit", "decode_down", "receive", "copies"),
+    *("before_forward", "extra_loss", "after_backward", "after_update", "after_step"),
+)
+"""Verbs by which a method has a hand in a client's turn."""
 
 
 def overrides(plugin: Plugin, verb: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from featherlight.plugins.base import Change, Clock, Message, Plugin, Visit, overrides
+from featherlight.plugins.base import IN_TURN, Change, Clock, Message, Plugin, Visit, overrides
 from featherlight.plugins.calibration import Calibration
 from featherlight.plugins.partition import Partition
 
@@ -58,6 +58,14 @@ class Chain(Plugin):
     def remembers(self) -> bool:
         """Whether a client keeps anything from one turn to the next."""
         return any(overrides(plugin, "remember") for plugin in self.plugins)
+
+    def why_alone(self) -> str:
+        """Why a host must train one client after the other, or nothing."""
+        for plugin in self.plugins:
+            verbs = [verb for verb in IN_TURN if overrides(plugin, verb)]
+            if plugin.at_once is False or (plugin.at_once is None and verbs):
+                return f"{type(plugin).__name__} has a hand in each client's turn" + (f" ({', '.join(verbs)})" if verbs else "")
+        return ""
 
     def anew(self) -> Chain:
         """The same plugins, not attached to anything. To be asked for before :meth:`attach`."""

@@ -75,11 +75,10 @@ class CostTable:
         entry = self._stages.setdefault(stage, _Stage())
         entry.rounds.add(round)
         entry.turns += 1
-        costs = asdict(turn)
         for name in PEAKS:
-            entry.peaks[name] = max(entry.peaks[name], costs[name])
+            entry.peaks[name] = max(entry.peaks[name], getattr(turn, name))
         for name in SUMS:
-            entry.sums[name] += costs[name]
+            entry.sums[name] += getattr(turn, name)
 
     def rows(self) -> list[dict[str, float]]:
         """A row per stage: sums are means over the turns of the stage, peaks stay peaks; stages counted from 1."""

@@ -40,6 +40,7 @@ class FetchSGD(Plugin):
     same_for_all = True
     renames = True
     only_adds = "clients send sketches, each cell of which is a sum of many elements"
+    at_once = True
 
     def __init__(
         self, columns: int, rows: int = 5, k: int = 1000, momentum: float = 0.9, masking: bool = True, known_start: bool = True

@@ -204,9 +204,8 @@ class IntrinsicProjection(Plugin):
             _bytes(value for _, sent in some for name, value in sent.items() if name not in kept) for some in (owed[:-1], owed[-1:])
         )
         model, latest = _bytes(whole.values()), owed[-1][0]
-        stranger = (not self.known_start and next(iter(start)) not in kept) or self._past.lacking(kept)
         past = {self._past.marker: nothing} if self._past.count else {}
-        behind = stranger or earlier >= model
+        behind = (not self.known_start and next(iter(start)) not in kept) or self._past.lacking(kept) or earlier >= model
         if (_bytes(value for name, value in latest.items() if name not in kept) if behind else now) >= model:
             return message | {name: value for name, value in (start | past | sums).items() if name in kept}
         if behind:

@@ -32,9 +32,12 @@ def release(optimizers: Iterable[Optimizer], change: Change) -> None:
 
 
 def clear(optimizers: Iterable[Optimizer]) -> None:
-    """Make optimizers as new: no momentum, no moments, no step counts."""
+    """Make optimizers as new: no momentum, no moments, no step counts, no gradient of what they move."""
     for optimizer in optimizers:
         optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class OwnDecay:
@@ -143,15 +146,19 @@ def _collect(configured: Any, optimizers: list[Optimizer], schedulers: list[LRSc
             _collect(item, optimizers, schedulers)
 
 
-def check_covered(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def check_covered(model: nn.Module | Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
     """Raise where a parameter that is to train is in no optimizer.
+
+    Args:
+        model: a model, or what is held of one, by name.
 
     Raises:
         ValueError: names the parameters and says what to do.
     """
     known = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    entries = held(model).items()
-    missing = [name for name, value in entries if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in known]
+    entries = held(model) if isinstance(model, nn.Module) else model
+    training = {name: value for name, value in entries.items() if isinstance(value, nn.Parameter) and value.requires_grad}
+    missing = [name for name, value in training.items() if id(value) not in known]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(

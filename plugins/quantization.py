@@ -45,6 +45,8 @@ class Quantization(Plugin):
         tensor([-127.,    3.,    0.,   64.])
     """
 
+    at_once = True
+
     def __init__(self, bits: int = 8, rounding: Literal["stochastic", "nearest"] = "stochastic", down: bool = False) -> None:
         if not 2 <= bits <= 8:
             raise ValueError(

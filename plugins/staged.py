@@ -40,6 +40,8 @@ class Staged(Plugin):
         ValueError: on attach, when blocks are not found, stages and blocks do not add up, or another plugin stages these blocks.
     """
 
+    at_once = True
+
     def __init__(
         self,
         blocks: str | Sequence[str] = "auto",

@@ -34,6 +34,7 @@ class TopK(Plugin):
 
     same_for_all = True
     only_adds = "a client sends few elements, and most of what is read of it are zeros that it did not send"
+    at_once = True
 
     def __init__(self, k: int | None = None, share: float | None = None, error_feedback: bool = True, known_start: bool = True) -> None:
         if (k is None) == (share is None):

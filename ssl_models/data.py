@@ -321,6 +321,7 @@ class ImageData(ClientStreams, LightningDataModule):
         else:
             parts = self.partition(labels, count, self.seed, owners)
         train, val = [], []
+        nothing = torch.arange(0)  # one for all, of whom there may be very many
         for client, part in enumerate(parts):
             held = round(self.client_val_fraction * len(part))
             if held:
@@ -328,7 +329,7 @@ class ImageData(ClientStreams, LightningDataModule):
                 val.append(part[order[:held]].sort().values)
                 part = part[order[held:]].sort().values
             else:
-                val.append(part[:0])
+                val.append(nothing)
             train.append(part)
         _check_sizes(train, self.plan)
         return train, val

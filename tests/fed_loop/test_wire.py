@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from featherlight.fed_loop.wire import pack, packed_length, unpack
 
@@ -44,6 +45,7 @@ def tensors(layout):
 def test_round_trip_and_length(layout):
     message = tensors(layout)
     payload = pack(message)
+    assert payload == save(message)  # the library's own writer
     back = unpack(payload, limit=len(payload))
     assert back.keys() == message.keys()
     for name, value in message.items():
