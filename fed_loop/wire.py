@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from featherlight.plugins.base import Message
@@ -32,14 +29,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
 def pack(message: Mapping[str, Tensor]) -> bytes:
-    """Serialise named tensors (any shapes; dtypes as they are). Every byte is written once."""
-    head, order = _layout(_kinds(message))
-    flat = (message[name].detach().cpu().contiguous().view(-1).view(torch.uint8) for name in order if message[name].numel())
-    return b"".join([head, *(value.numpy().data for value in flat)])
+    """Serialise named tensors (any shapes; dtypes as they are)."""
+    return save({name: value.detach().contiguous() for name, value in message.items()})
 
 
 def unpack(payload: bytes, limit: int | None = None) -> Message:
@@ -60,26 +54,16 @@ def unpack(payload: bytes, limit: int | None = None) -> Message:
 
 
 def packed_length(message: Mapping[str, Tensor]) -> int:
-    """``len(pack(message))`` from shapes and dtypes alone, so that fake tensors can be priced."""
-    return len(_layout(_kinds(message))[0]) + sum(value.numel() * value.element_size() for value in message.values())
+    """``len(pack(message))`` from shapes and dtypes alone, so that fake tensors can be priced.
 
-
-_Kinds = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-
-
-def _kinds(message: Mapping[str, Tensor]) -> _Kinds:
-    return tuple((name, value.dtype, tuple(value.shape)) for name, value in message.items())
-
-
-@lru_cache(maxsize=256)  # turns of a run have few layouts
-def _layout(kinds: _Kinds) -> tuple[bytes, tuple[str, ...]]:
-    """What stands before the data (eight bytes of length, a JSON header padded to a multiple of eight), and in which order data follow."""
-    header: dict[str, dict[str, Any]] = {}
+    Eight bytes of length, a JSON header padded to a multiple of eight, the data.
+    """
+    order = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+    header: dict[str, dict[str, object]] = {}
     offset = 0
-    for name, dtype, shape in sorted(kinds, key=lambda kind: (_RANKS[kind[1]], kind[0])):
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+    for name, value in sorted(message.items(), key=lambda item: (order[item[1].dtype], item[0])):
+        size = value.numel() * value.element_size()
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-len(text) // 8) * 8
-    return length.to_bytes(8, "little") + text.ljust(length), tuple(header)
+    return 8 + -(-len(text) // 8) * 8 + offset

@@ -22,7 +22,7 @@ class NormClipping(Plugin):
     of ``Quantization``. For federations only.
 
     Args:
-        max_norm: C. The log's ``clipped`` says what share of a round's updates reached it.
+        max_norm: C.
         tolerance: how many times C an update's norm may be before it is rejected rather than scaled.
 
     Raises:
@@ -47,7 +47,6 @@ class NormClipping(Plugin):
 
     def attach(self, model: nn.Module) -> None:
         self._statistics = frozenset(name for name, _ in model.named_buffers())
-        self._read = self._clipped = 0
 
     def encode(self, message: Message, visit: Visit) -> Message:
         return self._scaled(message, self._norm(message))
@@ -61,14 +60,7 @@ class NormClipping(Plugin):
         norm = self._norm(message)
         if self.tolerance * self.max_norm < norm < float("inf"):
             raise Rejection("norm", f"its norm is {norm:.3g}, and max_norm={self.max_norm:g} with tolerance={self.tolerance:g}")
-        self._read += norm > 0  # zeros are sent to learn what an update looks like
-        self._clipped += norm > self.max_norm * 0.999
         return self._scaled(message, norm)
-
-    def figures(self) -> Mapping[str, float]:
-        """``clipped``: the share of this process's updates that had the bound's norm."""
-        read, clipped, self._read, self._clipped = self._read, self._clipped, 0, 0
-        return {"clipped": clipped / read} if read else {}
 
     def _norm(self, message: Message) -> float:
         """Not finite where an entry is not, and then nothing is scaled: whoever adds up rejects it."""

@@ -16,10 +16,13 @@ MODEL = {"backbone": "vit", "image_size": 8, "in_channels": 1, "hidden_dim": 16,
 VIT = {"depth": 3, "width": 16, "heads": 2, "patch_size": 4}
 
 
-@pytest.mark.parametrize("method", ["MoCoV3", "BYOL", "SimCLR"])
-@pytest.mark.parametrize(("config", "growth"), [("lw_fedssl", "LayerFreezing"), ("prog_fedssl", "ProgressiveGrowth")])
-def test_the_configurations_train(config: str, growth: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LW, PROG = ("lw_fedssl", "LayerFreezing"), ("prog_fedssl", "ProgressiveGrowth")
+
+
+@pytest.mark.parametrize(("way", "method"), [(LW, "MoCoV3"), (LW, "SimCLR"), (PROG, "BYOL")])
+def test_the_configurations_train(way: tuple[str, str], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    config, growth = way
     options = [f"--{section}.{name}={value}" for section, values in SMALL.items() for name, value in values.items()]
     own = {"model": method} if method != "MoCoV3" else {}
     model = [f"--model={value}" for value in own.values()] + [f"--model.init_args.{name}={value}" for name, value in MODEL.items()]

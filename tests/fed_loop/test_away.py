@@ -15,6 +15,7 @@ from featherlight.plugins import (
     FetchSGD,
     IntrinsicProjection,
     LayerFreezing,
+    NormClipping,
     PartitionedTraining,
     Plugin,
     PrismSampling,
@@ -63,6 +64,7 @@ WAYS = {
     "sketches": lambda: [FetchSGD(40, 3, 10)],
     "sketches, growing": lambda: [ProgressiveGrowth("blocks.*", periods_per_stage=2), FetchSGD(40, 3, 10), Quantization()],
     "held near": lambda: [Proximal(0.1), RepresentationAlignment(through=["stem", "blocks"])],
+    "clipped": lambda: [NormClipping(0.1), Quantization()],
     "its last model": lambda: [MOON(through=["stem", "blocks"]), FedEMA()],
 }
 

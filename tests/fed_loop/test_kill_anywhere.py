@@ -11,8 +11,8 @@ import pytest
 
 HARNESS = Path(__file__).parents[2] / "benchmarks" / "kill_anywhere.py"
 TRIED = {
-    "intrinsic": ["killed", "killed, two", "raised", "flipped", "Trainer"],
-    "EcoFed, disk": ["killed", "cut", "no room", "closed"],
+    "intrinsic": ["killed", "flipped"],
+    "EcoFed, disk": ["killed", "cut"],
 }
 
 
@@ -24,5 +24,5 @@ def test_nothing_is_lost(method):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     tried, lost = map(int, re.search(r"(\d+) faults, (\d+) lost", done.stdout).groups())
-    assert tried >= len(TRIED[method]) - 2  # a moment behind a run's end strikes nothing
+    assert tried >= len(TRIED[method]) - 1  # a moment behind a run's end strikes nothing
     assert lost == 0

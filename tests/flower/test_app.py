@@ -116,6 +116,7 @@ NEEDED = {
     "FetchSGD": {"columns": 200, "k": 50},
     "IntrinsicProjection": {"dim": 50},
     "LayerFreezing": FREEZING["init_args"],
+    "NormClipping": {"max_norm": 1.0},
     "PartitionedTraining": {"cut": "backbone.blocks.0"},
     "PrismSampling": {"keep": 0.5},
     "ProgressiveGrowth": FREEZING["init_args"],
