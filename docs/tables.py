@@ -132,7 +132,10 @@ def _general(reason: str) -> str:
 
 
 # -- what travels -------------------------------------------------------------------------------------------------------
-WAYS = {"offer": "down", "_receive": "down", "_send": "up", "_turn": "down", "_update": "up", "__call__": "up", "_backward": "down"}
+WAYS = {
+    **{"offer": "down", "_receive": "down", "_turn": "down", "_backward": "down"},
+    **{"end": "up", "_send": "up", "_update": "up", "__call__": "up"},
+}
 """Which way a message goes, by the function of the loop that has it serialised."""
 
 
