@@ -23,11 +23,9 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import torch
 from our_loop import CLOCKS, Ours, compare, quiet
-from small_models import LR, Work, spread
+from small_models import Work, bare, spread
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 WORK = {"clients": 10, "steps": 4, "batch": 32}
 
@@ -36,23 +34,7 @@ def on_fabric(model: nn.Module, work: Work) -> list[Tensor]:
     """The bare loop, its model and optimizer set up by Fabric once."""
     from lightning.fabric import Fabric
 
-    fabric = Fabric(accelerator="cpu", devices=1)
-    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), LR))
-    parameters = list(model.parameters())
-    server = [value.detach().clone() for value in parameters]
-    for _ in range(work.rounds):
-        total = [torch.zeros_like(value) for value in server]
-        for batches in work.batches:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, server)
-            for x, y in batches:
-                optimizer.zero_grad()
-                fabric.backward(cross_entropy(wrapped(x), y))
-                optimizer.step()
-            with torch.no_grad():
-                torch._foreach_add_(total, parameters, alpha=1 / len(work.batches))
-        server = total
-    return server
+    return bare(model, work, fabric=Fabric(accelerator="cpu", devices=1))
 
 
 def main() -> None:

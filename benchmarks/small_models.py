@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -72,11 +73,14 @@ class Work:
         return self.rounds * len(self.batches)
 
 
-def bare(model: nn.Module, work: Work, device: str = "cpu") -> list[Tensor]:
-    """FedAvg as a notebook writes it, and no more: weights in, steps, a running sum. Clients have equally many samples."""
+def bare(model: nn.Module, work: Work, device: str = "cpu", fabric: Fabric | None = None) -> list[Tensor]:
+    """FedAvg as a notebook writes it, and no more: weights in, steps, a running sum. Clients have equally many samples. With ``fabric``
+    that sets model and optimizer up, once."""
     model = model.to(device)
     parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, LR)
+    optimizer: Any = torch.optim.SGD(parameters, LR)
+    call, backward = (model, Tensor.backward) if fabric is None else (fabric.setup_module(model), fabric.backward)
+    optimizer = optimizer if fabric is None else fabric.setup_optimizers(optimizer)
     server = [value.detach().clone() for value in parameters]
     for _ in range(work.rounds):
         total = [torch.zeros_like(value) for value in server]
@@ -85,7 +89,7 @@ def bare(model: nn.Module, work: Work, device: str = "cpu") -> list[Tensor]:
                 torch._foreach_copy_(parameters, server)
             for x, y in batches:
                 optimizer.zero_grad()
-                cross_entropy(model(x), y).backward()
+                backward(cross_entropy(call(x), y))
                 optimizer.step()
             with torch.no_grad():
                 torch._foreach_add_(total, parameters, alpha=1 / len(work.batches))

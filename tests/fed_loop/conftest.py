@@ -255,3 +255,15 @@ class Mail:
 def mail():
     """A carrier to clients of whom, between their turns, nothing but bytes is left."""
     return Mail
+
+
+@pytest.fixture
+def same_but_for_the_peak():
+    def same(predicted, measured):
+        """The peak of these small batches is predicted only roughly, with or without a subspace."""
+        for table in (predicted, measured):
+            for row in (*table["rows"], table["total"]):
+                row.pop("peak_bytes")
+        assert predicted == measured
+
+    return same

@@ -116,14 +116,6 @@ def close(module, wanted, rtol=1e-4, atol=2e-7):  # weights of clients are whole
         torch.testing.assert_close(module.state_dict()[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def same_but_for_the_peak(predicted, measured):
-    """The peak of these small batches is predicted only roughly, with or without a subspace."""
-    for table in (predicted, measured):
-        for row in (*table["rows"], table["total"]):
-            row.pop("peak_bytes")
-    assert predicted == measured
-
-
 def drawn(**options):
     """Which subspace a client draws in a round."""
     from featherlight.plugins import Visit
@@ -273,7 +265,7 @@ def test_all_updates_rejected(net, points, federation):
 
 # -- other methods ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grow", [True, False])
-def test_with_layer_freezing(grow, net, points, federation, cost_of):
+def test_with_layer_freezing(grow, net, points, federation, cost_of, same_but_for_the_peak):
     """In every stage a subspace of what trains in it; what is frozen stays, and moves lie in the stage's subspace."""
     states, data, settings = [net(sgd)], points(SIZES), federation(3, cohort=2)
 
@@ -315,7 +307,7 @@ def test_what_a_stage_froze_is_not_sent_again(rounds, net, points, federation, c
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
-def test_with_depth_dropout(order, net, points, federation, cost_of):
+def test_with_depth_dropout(order, net, points, federation, cost_of, same_but_for_the_peak):
     """One subspace, whatever blocks a client leaves out: those did not change."""
     data, module, settings = points(SIZES), net(sgd), federation(3, cohort=2)
 
@@ -333,7 +325,7 @@ def test_with_depth_dropout(order, net, points, federation, cost_of):
 
 
 @pytest.mark.parametrize("subspaces", [1, 2])
-def test_with_a_quantiser_behind_it(int8, subspaces, net, points, federation, cost_of):
+def test_with_a_quantiser_behind_it(int8, subspaces, net, points, federation, cost_of, same_but_for_the_peak):
     """z is off by at most half a step of 1/127 of its largest number, and so is what is lifted by A times that."""
     data, plain, coded, start = points(SIZES), net(sgd), net(sgd), net(sgd)
     federation(1).run(plain, data, [IntrinsicProjection(40, subspaces)])

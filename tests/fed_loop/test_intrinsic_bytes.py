@@ -18,22 +18,6 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, RATE)
 
 
-def same_but_for_the_peak(predicted, measured):
-    """The peak of these small batches is predicted only roughly, with or without a subspace."""
-    for table in (predicted, measured):
-        for row in (*table["rows"], table["total"]):
-            row.pop("peak_bytes")
-    assert predicted == measured
-
-
-def drawn(**options):
-    """Which subspace a client draws in a round."""
-    from featherlight.plugins import Visit
-
-    plugin = IntrinsicProjection(**options)
-    return lambda round, client: plugin._which(Visit(round, client, 0))
-
-
 # -- bytes ------------------------------------------------------------------------------------------------------------
 METHODS = {
     "static": lambda: IntrinsicProjection(40),
@@ -97,7 +81,7 @@ def test_a_client_is_sent_the_subspaces_that_were_drawn(net, points, federation)
     assert all(0 < row["bytes_down"] - 4 * 15 - statistics < 1300 for row in result.history[1:])
 
 
-def test_tied_weights_are_predicted_once(net, points, federation, cost_of):
+def test_tied_weights_are_predicted_once(net, points, federation, cost_of, same_but_for_the_peak):
     """A module that has one tensor under two names."""
 
     class Tied(net):
