@@ -70,6 +70,7 @@ class PluginCallback(pl.Callback):
         self._chain: Chain | None = None  # the leader's, while attached
         self._reached: int | None = None  # the last epoch that was begun, in this process or in the one that is resumed
         self._clock: Clock | None = None  # of the step under way
+        self._checked = False
         self._undo: list[Callable[[], None]] = []
         self._brought = saved.Brought()
         self._draws = Draws()
@@ -79,7 +80,7 @@ class PluginCallback(pl.Callback):
         if leader(trainer) is not self:
             return
         if stage == "fit":
-            self._reached = None
+            self._reached, self._checked = None, False
             parallel.refuse_untested(trainer.strategy)
         chain = Chain(callback.plugin for callback in _members(trainer))
         common_seed(trainer)
@@ -135,6 +136,10 @@ class PluginCallback(pl.Callback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._chain is None:
             return
+        if not self._checked:
+            last = self._chain.last_stage()[1] + 1
+            self._chain.check(min(last, trainer.max_epochs) if trainer.max_epochs not in (None, -1) else last, trainer.current_epoch)
+            self._checked = True
         period, done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
         # an epoch that was begun before must not begin again: a stage's first step makes its weights
         step = max(1, done.processed) if self._reached == period else 0  # type: ignore[attr-defined]

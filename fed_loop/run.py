@@ -97,6 +97,7 @@ class Run:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
         self.kinds.check()
         self.on_server.check()
+        self.chain.check(settings.rounds)
         if settings.evaluate_clients:
             self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):

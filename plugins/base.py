@@ -63,10 +63,10 @@ class Visit(NamedTuple):
 class Plugin:
     """A training method. Every verb does nothing unless overridden; override only what the method needs.
 
-    A host calls, in this order: :meth:`attach` once; at the start of every period :meth:`advance`, then for each client
-    :meth:`visit` and, once the model holds what that client received, :meth:`receive`, and in every step :meth:`before_forward`,
-    :meth:`extra_loss`, :meth:`after_backward`, :meth:`after_update` and :meth:`after_step`; :meth:`detach` at the end. Between steps the
-    model is as evaluation wants it.
+    A host calls, in this order: :meth:`attach` once; :meth:`check` for each stage; at the start of every period :meth:`advance`, then for
+    each client :meth:`visit` and, once the model holds what that client received, :meth:`receive`, and in every step
+    :meth:`before_forward`, :meth:`extra_loss`, :meth:`after_backward`, :meth:`after_update` and :meth:`after_step`; :meth:`detach` at the
+    end. Between steps the model is as evaluation wants it.
 
     A federated host attaches one instance to the server's model, and has it :meth:`start` where a run begins anew. It asks that one, for
     each client, to :meth:`narrow` the model and to :meth:`encode_down` what goes to the client; to :meth:`decode` what comes back; and,
@@ -121,6 +121,13 @@ class Plugin:
     def stage(self, period: int) -> int:
         """The stage, counted from 0, that ``period`` belongs to: spans of periods that cost the same. Never falls as periods go by."""
         return 0
+
+    def check(self, stage: int) -> None:
+        """Look at what trains in ``stage``, which :meth:`advance` has just brought: hosts ask for all stages before the first begins.
+
+        Raises:
+            ValueError: this method cannot work on it.
+        """
 
     def visit(self, visit: Visit) -> None:
         """A client's turn begins: draw what this method draws once per client and round."""

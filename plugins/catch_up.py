@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from featherlight.plugins.base import Message, Visit
 from featherlight.plugins.targets import find_targets
+from featherlight.plugins.trainable import check_stage, outside
 
 
 class CatchUp:
@@ -26,7 +27,7 @@ class CatchUp:
 
     def __init__(self, model: nn.Module, prefix: str, known_start: bool) -> None:
         self._model, self._prefix, self._known_start = model, prefix, known_start
-        self._skip = tuple(f"{path}." for path in find_targets(model))
+        self._targets = find_targets(model)
         self._round = -1
         self._told = -1
         self._names: list[str] = []
@@ -41,7 +42,7 @@ class CatchUp:
         if self._round == visit.round:
             return False
         before, self._round = self._round, visit.round
-        parameters = {name: value.detach() for name, value in self._model.named_parameters() if not name.startswith(self._skip or ("\0",))}
+        parameters = {name: value.detach() for name, value in outside(self._model, self._targets).items()}
         if not self._before:
             self._changed = {name: torch.full_like(value, -1, dtype=torch.int32) for name, value in parameters.items()}
         else:
@@ -54,6 +55,13 @@ class CatchUp:
     def told(self, round: int) -> None:
         """The round's update is known: in a prediction it never is."""
         self._told = round
+
+    def check(self, argument: str, given: int, stage: int) -> None:
+        """
+        Raises:
+            ValueError: ``given`` is more than train in ``stage``.
+        """
+        check_stage(argument, given, self._model, self._targets, stage)
 
     @property
     def size(self) -> int:

@@ -105,6 +105,21 @@ class Chain(Plugin):
         last = self.stage(_FAR)
         return last, bisect_left(range(_FAR), last, key=self.stage)
 
+    def check(self, periods: int, now: int = 0) -> None:
+        """Have plugins look at each stage of so many periods before they come, and leave the model in that of period ``now``.
+
+        Raises:
+            ValueError: one of them cannot work on what trains then.
+        """
+        if not any(overrides(plugin, "check") for plugin in self.plugins):
+            return
+        for stage in range(self.stage(now), self.stage(periods - 1) + 1):
+            begins = bisect_left(range(periods), stage, key=self.stage)
+            self.advance(Clock(begins, 1))
+            for plugin in self.plugins:
+                plugin.check(self.stage(begins))
+        self.advance(Clock(now, 1))
+
     def visit(self, visit: Visit) -> None:
         for plugin in self.plugins:
             plugin.visit(visit)

@@ -12,6 +12,7 @@ from featherlight.plugins.base import Clock, Message, Plugin, Visit
 from featherlight.plugins.catch_up import CatchUp
 from featherlight.plugins.seeds import derive
 from featherlight.plugins.sketch import CountSketch
+from featherlight.plugins.trainable import refuse_more
 
 PREFIX = "fetchsgd"
 
@@ -65,6 +66,9 @@ class FetchSGD(Plugin):
         self._begun = 0
         self._sketch: CountSketch | None = None
         self._momentum = self._error = torch.zeros(self.rows, self.columns, dtype=torch.float64)
+
+    def check(self, stage: int) -> None:
+        self._server.check("k", self.k, stage)
 
     # -- a client ---------------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
@@ -122,8 +126,7 @@ class FetchSGD(Plugin):
         self._seed = visit.seed
         if not self._server.begin(visit):
             return
-        if self.k > self._server.size:
-            raise ValueError(f"k={self.k}: {self._server.size} parameters train in this stage; give that many or fewer")
+        refuse_more("k", self.k, self._server.size)
         self._begun, self._sketch = visit.round, None
         self._momentum, self._error = (torch.zeros_like(table) for table in (self._momentum, self._error))
 

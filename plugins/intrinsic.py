@@ -18,6 +18,7 @@ from featherlight.plugins.seeds import derive
 from featherlight.plugins.subspaces import PREFIX, Maps, Past, Span, check_gain, gain_of, heard, step_bytes, told
 from featherlight.plugins.subspaces import nbytes as _bytes
 from featherlight.plugins.targets import find_targets
+from featherlight.plugins.trainable import check_stage, refuse_more, trainable
 
 
 class IntrinsicProjection(Plugin):
@@ -139,12 +140,15 @@ class IntrinsicProjection(Plugin):
     def attach(self, model: nn.Module) -> None:
         self._forget()
         self._model = model
-        self._skip = tuple(f"{path}." for path in find_targets(model))
+        self._targets = find_targets(model)
 
     def advance(self, clock: Clock) -> Change:
         """What an optimizer remembers of steps in one subspace is void in the next."""
         due = self.periods_per_span is not None and clock.period > 0 and clock.period % self.periods_per_span == 0
-        return Change(renewed=tuple(self._covered().values())) if due and clock.step == 0 else Change()
+        return Change(renewed=tuple(trainable(self._model, self._targets).values())) if due and clock.step == 0 else Change()
+
+    def check(self, stage: int) -> None:
+        check_stage("dim", self.dim, self._model, self._targets, stage)
 
     def visit(self, visit: Visit) -> None:
         self._visit, self._before = visit, None
@@ -327,14 +331,6 @@ class IntrinsicProjection(Plugin):
         """The first span that has all parameters that any had: who knows its start knows theirs."""
         return 0 if self.known_start else self._past.newest_with(self._spans)
 
-    def _covered(self) -> dict[str, nn.Parameter]:
-        """The parameters that train now, by name, whether or not the client at hand leaves some of them out."""
-        return {
-            name: value
-            for name, value in self._model.named_parameters()
-            if value.requires_grad and not name.startswith(self._skip or ("\0",))
-        }
-
     def _coordinates(self, values: Message, visit: Visit) -> Tensor:
         """What a client sends of its change, (d,)."""
         first = next(iter(values.values()))
@@ -352,7 +348,7 @@ class IntrinsicProjection(Plugin):
         if self._round == visit.round and self._spans:
             return
         before, self._round, self._seed = self._round, visit.round, visit.seed
-        live = self._covered()
+        live = trainable(self._model, self._targets)
         if self._spans:
             last = self._spans[-1]
             for which in self._drawn if self.serve == "changed" else range(self.subspaces):
@@ -364,8 +360,7 @@ class IntrinsicProjection(Plugin):
             if self._spans[-1].names == list(live) and not due:
                 return
         size = sum(value.numel() for value in live.values())
-        if self.dim > size:
-            raise ValueError(f"dim={self.dim}: {size} parameters train in this stage; give that many or fewer")
+        refuse_more("dim", self.dim, size)
         values = [value.detach().flatten() for value in live.values()]
         exact = all(value.element_size() >= 4 for value in values)
         position = values[0].new_zeros(0) if self._alone and exact else torch.cat(values)

@@ -9,6 +9,7 @@ from torch import nn
 
 from featherlight.plugins.base import Clock, Message, Plugin, Visit
 from featherlight.plugins.catch_up import CatchUp
+from featherlight.plugins.trainable import refuse_more
 
 PREFIX = "topk"
 
@@ -53,6 +54,10 @@ class TopK(Plugin):
         self._server = CatchUp(model, PREFIX, self.known_start)
         self._memory: Message = {}
         self._left: Message = {}
+
+    def check(self, stage: int) -> None:
+        if self.k is not None:
+            self._server.check("k", self.k, stage)
 
     # -- a client ---------------------------------------------------------------------------------------------------
     def recall(self, memory: Message, visit: Visit) -> None:
@@ -111,6 +116,5 @@ class TopK(Plugin):
         """k, of ``size`` elements."""
         if self.k is None:
             return max(1, round((self.share or 1.0) * size))
-        if self.k > size:
-            raise ValueError(f"k={self.k}: {size} parameters train in this stage; give that many or fewer")
+        refuse_more("k", self.k, size)
         return self.k

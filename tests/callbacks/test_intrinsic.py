@@ -248,3 +248,11 @@ def test_a_checkpoint_holds_no_second_model(toy, loader, make_trainer, tmp_path)
     assert checkpoint["state_dict"].keys() == toy().state_dict().keys()
     (state,) = checkpoint["featherlight"]["state"].values()
     assert sum(value.numel() for span in state["spans"] for value in span.values() if isinstance(value, torch.Tensor)) <= 5
+
+
+def test_more_dimensions_than_a_later_stage_trains(toy, loader, make_trainer):
+    """Found before the first step; a resumed run looks at what is to come, and goes on as if it had not (test_resumed_is_uninterrupted)."""
+    moves = Moves()
+    with pytest.raises(ValueError, match="dim=200: 167 parameters train in stage 2; give that many or fewer"):
+        make_trainer(LayerFreezing(blocks="encoder.blocks.*"), IntrinsicProjection(dim=200), moves, max_epochs=3).fit(toy(), loader)
+    assert not moves.seen

@@ -144,12 +144,12 @@ def test_resumed_is_uninterrupted(net, points, federation, same, figures, tmp_pa
 # -- refusals ---------------------------------------------------------------------------------------------------------
 REFUSED = {
     "smaller modules": (
-        lambda: [PrismSampling(0.5, layers="blocks.*"), FetchSGD(30)],
+        lambda: [PrismSampling(0.5, layers="blocks.*"), FetchSGD(30, k=10)],
         "FetchSGD needs clients that train the same parameters, and PrismSampling gives them smaller modules",
     ),
     "behind a projection": (lambda: [IntrinsicProjection(20), FetchSGD(30, k=10)], "intrinsic.z is not a parameter of the server's model"),
     "behind top-k": (lambda: [TopK(20), FetchSGD(30, k=10)], "topk.indices is not a parameter of the server's model"),
-    "too many": (lambda: [FetchSGD(30)], "k=1000: 347 parameters train in this stage; give that many or fewer"),
+    "too many": (lambda: [FetchSGD(30)], "k=1000: 347 parameters train in stage 1; give that many or fewer"),
 }
 
 

@@ -363,8 +363,16 @@ def test_another_step_of_the_server_is_refused(server, rounds, net, points, fede
 
 def test_more_dimensions_than_parameters(net, points, federation):
     size = len(flat(net(sgd).parameters()))
-    with pytest.raises(ValueError, match=f"dim={size + 1}: {size} parameters train in this stage"):
+    with pytest.raises(ValueError, match=f"dim={size + 1}: {size} parameters train in stage 1"):
         federation(1).run(net(sgd), points(SIZES), [IntrinsicProjection(size + 1)])
+
+
+def test_more_dimensions_than_a_later_stage_trains(net, points, federation, tmp_path):
+    """Found before the first round."""
+    plugins = [LayerFreezing("blocks.*"), IntrinsicProjection(150)]
+    with pytest.raises(ValueError, match="dim=150: 115 parameters train in stage 2; give that many or fewer"):
+        federation(3, folder=tmp_path).run(net(sgd), points(SIZES), plugins)
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_was_away(net, points, federation):

@@ -315,7 +315,7 @@ REFUSED = {
         "is not a parameter of the server's model that trains in this round: topk goes before",
     ),
     "quantised down": (lambda: [TopK(10), Quantization(down=True)], "another plugin sends topk.at@0 in place of some"),
-    "too many": (lambda: [TopK(10**6)], "k=1000000: 347 parameters train in this stage; give that many or fewer"),
+    "too many": (lambda: [TopK(10**6)], "k=1000000: 347 parameters train in stage 1; give that many or fewer"),
 }
 
 
