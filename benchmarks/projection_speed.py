@@ -113,9 +113,11 @@ def speed(size: int, runs: int, radix_runs: int, table: Table) -> None:
         )  # fmt: skip
 
 
-def life(model: nn.Module, kind: str, subspaces: int = 1) -> tuple[IntrinsicProjection, dict[str, Tensor]]:
+def life(
+    model: nn.Module, kind: str, subspaces: int = 1, periods_per_span: int | None = None
+) -> tuple[IntrinsicProjection, dict[str, Tensor]]:
     """A plugin that has sent and received, and an update of the model."""
-    plugin = IntrinsicProjection(DIM, subspaces, projection=kind)  # type: ignore[arg-type]
+    plugin = IntrinsicProjection(DIM, subspaces, periods_per_span, projection=kind)  # type: ignore[arg-type]
     plugin.attach(model)
     update = {name: torch.full_like(value, 1e-3) for name, value in model.named_parameters()}
     return plugin, update
@@ -201,6 +203,8 @@ def main() -> None:
         "projection",
         "encode + decode, seconds",
         "of the round",
+        "A anew each round, seconds",
+        "of the round",
         "peak memory, ResNet-18",
         "the same, K = 8",
         "peak memory, GPT-2's D",
@@ -208,11 +212,13 @@ def main() -> None:
         share.add_column(heading, justify="right")
     for kind in PROJECTIONS:
         model = resnet18()
-        plugin, update = life(model, kind)
-        rounds = iter(range(10**6))
-        coding = median_seconds(lambda: turn(plugin, model, update, next(rounds)), arguments.runs)  # noqa: B023
+        took = []
+        for periods_per_span in (None, 1):
+            plugin, update = life(model, kind, periods_per_span=periods_per_span)
+            rounds = iter(range(10**6))
+            took.append(median_seconds(lambda: turn(plugin, model, update, next(rounds)), arguments.runs))  # noqa: B023
         share.add_row(
-            kind, f"{coding:.3f}", f"{coding / (STEPS * seconds + coding):.2%}",
+            kind, *(cell for coding in took for cell in (f"{coding:.3f}", f"{coding / (STEPS * seconds + coding):.2%}")),
             f"{buffers(model, kind):.2f}", f"{buffers(model, kind, 8):.2f}", "" if arguments.quick else f"{buffers(Flat(GPT2), kind):.2f}",
         )  # fmt: skip
     console.print(share)

@@ -124,6 +124,7 @@ class IntrinsicProjection(Plugin):
         self._before: Tensor | None = None
         self._moved: Tensor | None = None
         self._visit = Visit(0)
+        self._largest: dict[str, float] = {}  # magnitudes that the round's change was rounded at
 
     def in_place(self) -> IntrinsicProjection:
         """Work on one machine, where nothing travels: every step is projected.
@@ -291,7 +292,9 @@ class IntrinsicProjection(Plugin):
             span.position += self._map(span.number, which).lift(step.to(moved.dtype), out=moved)
         changes = self._split(moved.copy_(span.position))
         for name, change in changes.items():
-            change -= self._model.get_parameter(name).detach()
+            before = self._model.get_parameter(name).detach()
+            self._largest[name] = float(torch.linalg.vector_norm(before, torch.inf)) if before.numel() else 0.0
+            change -= before
         return {**total, **changes}
 
     def arrive(self, visits: Sequence[Visit]) -> None:
@@ -304,10 +307,12 @@ class IntrinsicProjection(Plugin):
                 now = self._model.get_parameter(name)
                 if not now.numel():
                     continue
-                rounding = 4 * torch.finfo(now.dtype).eps * float(torch.linalg.vector_norm(value, torch.inf))
+                largest = max(float(torch.linalg.vector_norm(value, torch.inf)), self._largest.get(name, 0.0))
+                rounding = 4 * torch.finfo(now.dtype).eps * largest
                 if not float((value - now).abs_().max()) <= rounding:
                     raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
                 now.copy_(value)
+        self._largest = {}
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from torch import nn
 
 from featherlight.fed_loop.wire import pack
 from featherlight.plugins import Clock, IntrinsicProjection, Visit
+from featherlight.plugins.projections import PROJECTIONS
+from featherlight.plugins.seeds import derive
 from featherlight.plugins.subspaces import Past, Span, nbytes, step_bytes, step_of
 
 DIM = 20
@@ -186,3 +188,26 @@ def test_memory_and_messages_do_not_grow_with_spans(options):
     assert max(sizes) <= 2 * nbytes([model.weight])
     assert max(sizes[20:]) == max(sizes[10:20])
     assert max(lengths[20:]) == max(lengths[10:20])
+
+
+def test_a_step_from_large_weights_to_small_ones_is_the_plain_average():
+    """What the change was rounded at are the weights before it, not those that it leads to."""
+    model = nn.Linear(4, 4, bias=False)
+    torch.manual_seed(0)
+    nn.init.uniform_(model.weight, 0.5, 1.5)
+    plugin = IntrinsicProjection(16, subspaces=2)
+    plugin.attach(model)
+    plugin.encode_down({"weight": model.weight.detach()}, Visit(0))
+    mean = torch.zeros(2, 16, dtype=torch.float64)
+    for which, aim in enumerate((-model.weight.detach().flatten().double(), 1e-5 * torch.rand(16, dtype=torch.float64))):
+        projection = PROJECTIONS["fastfood"](16, 16, derive(0, "intrinsic", 0, which))
+        dense = torch.stack([projection.lift(unit) for unit in torch.eye(16, dtype=torch.float64)], 1)
+        mean[which] = torch.linalg.solve(dense, aim)
+    change = plugin.lift({"intrinsic.z": mean}, Clock(0))["weight"]
+    with torch.no_grad():
+        model.weight += change
+        plugin.settle(model, Clock(0))
+        assert float(model.weight.abs().max()) < 2e-5
+        model.weight += 1e-3
+    with pytest.raises(ValueError, match="needs the plain average as the server's step"):
+        plugin.settle(model, Clock(1))
