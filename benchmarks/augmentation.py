@@ -2,15 +2,17 @@
 
     python benchmarks/augmentation.py                  32 and 96 pixels, batch 256, one thread
     python benchmarks/augmentation.py --threads 4      torch's threads in this process; a loader's workers have one each
+    python benchmarks/augmentation.py --clock cpu      by processor time: on a machine that has other work to do
 
 All make MoCo v2's two views (arXiv 2003.04297) of the same random pictures, from uint8 to float in [0, 1], not normalised. lightly's run
-in a DataLoader, in this process and in two workers, its pictures decoded already. Every figure is the median of several runs, taken in
+in a DataLoader, in this process and in one or two workers, its pictures decoded already. Every figure is the median of several runs, taken in
 turn so that a machine's other work falls on all alike; a ratio is ours over that one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable
 from statistics import median
@@ -103,18 +105,23 @@ def ways(size: int, batch: int) -> dict[str, Run | None]:
     return {
         "ours, whole batches": batched(pictures, augmentation),
         "lightly, image by image, workers=0": in_loader(pictures, augmentation, 0),
+        "lightly, image by image, workers=1": in_loader(pictures, augmentation, 1),
         "lightly, image by image, workers=2": in_loader(pictures, augmentation, 2),
         "kornia, whole batches": by_kornia(pictures, augmentation),
     }
 
 
-def speed(run: Run, batches: int) -> float:
-    """Images a second."""
-    start = perf_counter()
-    return run(batches) / (perf_counter() - start)
+def computed() -> float:
+    """Seconds of processor time so far, of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
-def measure(sizes: list[int], batch: int, batches: int, runs: int, console: Console) -> dict[int, dict[str, list[float]]]:
+CLOCKS = {"wall": perf_counter, "cpu": computed}
+
+
+def measure(
+    sizes: list[int], batch: int, batches: int, runs: int, clock: Callable[[], float], console: Console
+) -> dict[int, dict[str, list[float]]]:
     """Images a second of every run, by size and way; a first run of each is not counted."""
     by_size = {size: {name: run for name, run in ways(size, batch).items() if run is not None} for size in sizes}
     found: dict[int, dict[str, list[float]]] = {size: {name: [] for name in all_ways} for size, all_ways in by_size.items()}
@@ -124,9 +131,10 @@ def measure(sizes: list[int], batch: int, batches: int, runs: int, console: Cons
             for number in range(runs + 1):
                 for name, run in all_ways.items():
                     bar.update(task, description=f"{size} pixels: {name}")
-                    figure = speed(run, batches if number else 1)
+                    start = clock()
+                    made = run(batches if number else 1)
                     if number:
-                        found[size][name].append(figure)
+                        found[size][name].append(made / (clock() - start))
                     bar.advance(task)
     return found
 
@@ -138,15 +146,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches of a run")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96], help="pixels each way")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, workers' too, so that ratios are of a core's work"
+    )
     options = parser.parse_args()
     for name in ("threads", "runs", "batch", "batches"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: it must be at least 1")
     torch.set_num_threads(options.threads)
-    found = measure(options.sizes, options.batch, options.batches, options.runs, Console(stderr=True))
+    found = measure(options.sizes, options.batch, options.batches, options.runs, CLOCKS[options.clock], Console(stderr=True))
     console = Console(width=110)
     for size, speeds in found.items():
-        table = Table(title=f"two views of {size}-pixel colour images, batch {options.batch}: images a second")
+        table = Table(title=f"two views of {size}-pixel colour images, batch {options.batch}: images a second ({options.clock} time)")
         for heading in ("", "median", "slowest", "fastest", "ours over this"):
             table.add_column(heading, justify="left" if not heading else "right")
         first = median(next(iter(speeds.values())))

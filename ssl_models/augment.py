@@ -168,11 +168,11 @@ def apply(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _change(x: Tensor, chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> None:
-    """Put ``operation(images, their values)`` in place of the chosen images of ``x``."""
+    """Put ``operation(images, their values)`` in place of the chosen images of ``x``. The operation may use up what it is given."""
     index = chosen.nonzero().flatten()
     if len(index):
         there = index.to(x.device)
-        x[there] = operation(x[there], values[index].to(x.device, x.dtype).view(-1, 1, 1, 1))
+        x.index_copy_(0, there, operation(x.index_select(0, there), values[index].to(x.device, x.dtype).view(-1, 1, 1, 1)))
 
 
 def _resampling(start: Tensor, length: Tensor, size: int) -> Tensor:
@@ -190,38 +190,39 @@ def _grey(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return x
     red, green, blue = x.unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp(0, 1)
+    return x.mul_(factor).clamp_(0, 1)
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
+    grey = _grey(x.mean((2, 3), keepdim=True)).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(grey, x, factor, out=x).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_grey(x), x, factor).clamp(0, 1)
+    return torch.lerp(_grey(x), x, factor, out=x).clamp_(0, 1)
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV, keeping saturation and value: largest and smallest channel stay what they are."""
+    """Turn the hue of HSV, keeping saturation and value: largest and smallest channel stay what they are.
+
+    Hue is counted in sixths of the circle. A channel is full within one sixth of its own hue, and empty from two on.
+    """
     red, green, blue = x.unbind(1)
     top, bottom = x.amax(1), x.amin(1)
     span = top - bottom
-    safe = span.clamp(min=1e-8)
-    sixths = torch.where(
-        top == red,
-        (green - blue) / safe,
-        torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    turned = sixths + 6 * shift[:, 0]
-    channels = []
-    for offset in (5, 3, 1):
-        k = (turned + offset).remainder(6)
-        channels.append(top - span * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    is_red, is_green = top == red, top == green
+    ahead = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    turned = ahead.div_(bottom.copy_(span).clamp_(min=1e-8)).add_(6 * shift[:, 0])
+    turned += torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    turned.remainder_(6)
+    for channel, own in zip((red, green, blue), (0, 2, 4)):
+        near = torch.sub(turned, own, out=channel).abs_().sub_(3).abs_()  # 3 where the hue is its own, 0 across the circle
+        torch.addcmul(top, near.sub_(2).clamp_(-1, 0), span, out=channel)
+    return x
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
