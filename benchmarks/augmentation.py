@@ -5,7 +5,7 @@
     python benchmarks/augmentation.py --clock cpu      by processor time: on a machine that has other work to do
 
 All make MoCo v2's two views (arXiv 2003.04297) of the same random pictures, from uint8 to float in [0, 1], not normalised. lightly's run
-in a DataLoader, in this process and in one or two workers, its pictures decoded already. Every figure is the median of several runs, taken in
+in a DataLoader, in this process and in one or two workers, pictures decoded already. Every figure is the median of several runs, taken in
 turn so that a machine's other work falls on all alike; a ratio is ours over that one's.
 """
 
@@ -146,9 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches of a run")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96], help="pixels each way")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, workers' too, so that ratios are of a core's work"
-    )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, workers' too: what a core does")
     options = parser.parse_args()
     for name in ("threads", "runs", "batch", "batches"):
         if getattr(options, name) < 1:

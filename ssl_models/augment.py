@@ -149,12 +149,12 @@ def apply(images: Tensor, draws: Draws) -> Tensor:
     Returns:
         float in [0, 1], (B, C, H, W).
     """
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    x = images.float().div_(255) if images.dtype == torch.uint8 else images
     height, width = x.shape[-2:]
     rows = _resampling(draws.top, draws.height, height).to(x.device)
     columns = _resampling(draws.left, draws.width, width)
     columns = torch.where(draws.flip[:, None, None], columns.flip(1), columns).to(x.device)
-    x = rows[:, None] @ x @ columns.mT[:, None]
+    x = _stretched(x, rows, columns)
     for slot in range(4):
         for number, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
             if x.shape[1] > 1 or number < 2:
@@ -229,7 +229,12 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur, edges extended: each pixel's weight is the Gaussian's integral over it."""
     spread = (sigma.flatten() ** 2 - 1 / 12).clamp(min=1e-4).sqrt()  # the pixel's own width adds 1/12 to the variance
     rows, columns = (_smoothing(spread, size) for size in x.shape[-2:])
-    return rows[:, None] @ x @ columns.mT[:, None]
+    return _stretched(x, rows, columns)
+
+
+def _stretched(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, C, H, W) by (B, H, H) from above and by (B, W, W) along, each image its own."""
+    return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).view(x.shape)
 
 
 def _smoothing(spread: Tensor, size: int) -> Tensor:
