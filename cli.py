@@ -25,7 +25,7 @@ usage: featherlight COMMAND [options]
 {commands}
 
 start here:
-  featherlight compare configs/quickstart          five ways to train on ten clients, in under four minutes
+  featherlight compare configs/quickstart          five ways to train on ten clients, in a few minutes
   featherlight cost -c configs/quickstart/2_layerwise.yaml
   featherlight federate -c configs/quickstart/2_layerwise.yaml --federation.rounds 20
   featherlight fit -c configs/fit_layerwise.yaml

@@ -201,6 +201,19 @@ def test_links_and_files_are_there(path):
             assert rest[0] in cli.COMMANDS, line
 
 
+def test_every_cell_of_the_peers_has_a_source():
+    """A link, or the test that holds it; a dash says that the row does not apply."""
+    text = (ROOT / "docs" / "peers.md").read_text()
+    sources = dict(re.findall(r"^\[([\w-]+)\]: (https://\S+)$", text, re.MULTILINE))
+    used = set(re.findall(r"\]\[([\w-]+)\]", text))
+    assert used == sources.keys()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|") and not line.startswith(("| |", "|---"))]
+    assert len(rows) > 25
+    for row in rows:
+        assert len(row) == 8, row[0]
+        assert all(cell == "–" or re.search(r"\]\[|\]\(|`tests/", cell) for cell in row[1:]), row[0]
+
+
 # -- tables that are made by trying -------------------------------------------------------------------------------------
 def _tables():
     spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")

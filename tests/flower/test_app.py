@@ -137,7 +137,7 @@ ROUNDING = {"IntrinsicProjection": 1e-5}
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in REFUSED])
 def test_a_run_leaves_what_the_built_in_loop_leaves(way, configured, serve, tmp_path):
-    path = configured(*WAYS[way], rounds=2)
+    path = configured(*WAYS[way], rounds=3)
     here, data = tmp_path / "here", "--data.server_fraction=0.3"
     federate(["-c", str(path), data], folder=here)
     there, _ = serve(path, arguments=data)
