@@ -132,15 +132,16 @@ WAYS = {name: [{"class_path": name, "init_args": NEEDED.get(name, {})}] for name
 }
 REFUSED = {"PartitionedTraining": "a model divided between device and server does not run with clients in processes of their own"}
 ROUNDING = {"IntrinsicProjection": 1e-5}
-"""Of weights, where clients work them out by themselves."""
+"""Of weights, where clients work them out by themselves; by plain steps, since Adam's make as much of a gradient's last digits as of its first."""
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in REFUSED])
 def test_a_run_leaves_what_the_built_in_loop_leaves(way, configured, serve, tmp_path):
     path = configured(*WAYS[way], rounds=3)
-    here, data = tmp_path / "here", "--data.server_fraction=0.3"
-    federate(["-c", str(path), data], folder=here)
-    there, _ = serve(path, arguments=data)
+    options = ["--data.server_fraction=0.3", *(["--model.optimizer=sgd", "--model.lr=0.05"] if way in ROUNDING else [])]
+    here = tmp_path / "here"
+    federate(["-c", str(path), *options], folder=here)
+    there, _ = serve(path, arguments=" ".join(options))
     one, other = (checkpoint.read_newest(folder)[1] for folder in (here, there))
     apart = {name: float((value.double() - other["server"][name].double()).abs().max()) for name, value in one["server"].items()}
     assert max(apart.values()) <= ROUNDING.get(way, 0), apart
