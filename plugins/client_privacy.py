@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class ClientPrivacy(Plugin):
     counts ε and tells it (``featherlight[privacy]``); what it tells of losses and of who was rejected is of clients and has no noise.
     For federations only: under a Trainer there is one client.
 
-    Buffers do not travel: norms with running statistics are refused, and so is whatever else a client's training changes in a buffer.
+    Buffers do not travel: norms with running statistics are refused (``statistics``), and so is whatever else training changes in one.
     Noise is drawn in floating point: against who reads the last bits of weights (arXiv 2112.05307) it does not protect.
 
     Args:
@@ -41,6 +41,8 @@ class ClientPrivacy(Plugin):
         shares: n: clients add the noise, each N(0, (σ·C)² / n), so that the sum of n of them has it, as secure aggregation needs; where
             fewer come, the server adds what lacks. None: the server adds all of it.
         known_cohorts: count ε as if everybody knew who took part in which round. (They do where they know the run's seed.)
+        statistics: of norms that keep running ones: ``"refuse"`` them; or have them ``"stay"`` with each client's turn, so that the
+            server's are what they were, which is good for heads that nobody evaluates (SimCLR's projector).
         secret: noise is drawn not from the run's seed alone, which clients are told, but from 63 random bits of the server's, too, which
             are in checkpoints; that of ``shares`` from random bits of each turn, by which no run can be done again.
 
@@ -65,6 +67,7 @@ class ClientPrivacy(Plugin):
         noise_multiplier: float,
         delta: float = 1e-5,
         shares: int | None = None,
+        statistics: Literal["refuse", "stay"] = "refuse",
         known_cohorts: bool = False,
         secret: bool = False,
     ) -> None:
@@ -74,24 +77,29 @@ class ClientPrivacy(Plugin):
             raise ValueError(f"noise_multiplier={noise_multiplier}: give 0 or more")
         if not 0 < delta < 1:
             raise ValueError(f"delta={delta}: give a probability above 0 and below 1, best far below 1 / clients")
+        if statistics not in ("refuse", "stay"):
+            raise ValueError(f"statistics={statistics!r} is not known; use 'refuse' or 'stay'")
         if shares is not None and shares < 1:
             raise ValueError(f"shares={shares}: give how many clients' noises are enough, 1 or more, or leave it out")
         self.clip = clip
         self.noise_multiplier = noise_multiplier
         self.delta = delta
         self.shares = shares
+        self.statistics = statistics
         self.known_cohorts = known_cohorts
         self.secret = secret
 
     def attach(self, model: nn.Module) -> None:
         self._buffers = frozenset(name for name, _ in model.named_buffers())
         skip = tuple(f"{path}." for path in find_targets(model)) or ("\0",)
-        for path, module in model.named_modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None and not path.startswith(skip):
-                raise ValueError(
-                    f'"{path}" keeps running statistics of clients\' data, which would travel without noise, and with it say nothing: use '
-                    'group norm (norm="group" in backbones of ssl_models), or track_running_stats=False'
-                )
+        norms = [path for path, module in model.named_modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+        seen = [path for path in norms if not path.startswith(skip)]
+        if seen and self.statistics == "refuse":
+            raise ValueError(
+                f'"{seen[0]}" keeps running statistics of clients\' data, which would travel without noise, and with it say nothing: use '
+                'group norm (norm="group" in backbones of ssl_models), or statistics="stay" where nobody evaluates that part of the model'
+            )
+        self._changing = self._buffers - {f"{path}.{name}" for path in norms for name, _ in model.get_submodule(path).named_buffers()}
         self._secret = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
         self._seed, self._over, self._counted = 0, 1, 0
 
@@ -106,7 +114,7 @@ class ClientPrivacy(Plugin):
             ValueError: a buffer changed.
         """
         self._seed = visit.seed
-        for name in message.keys() & self._buffers:
+        for name in message.keys() & self._changing:
             if not isinstance(message[name], FakeTensor) and bool(message[name].any()):
                 raise ValueError(
                     f'the buffer "{name}" changes as clients train, and would travel without noise: make the model without it, or have it '

@@ -307,6 +307,14 @@ def test_batch_norm_is_refused_before_anybody_trains(federation, net, points):
         federation(1).run(net(), points(SIZES), [private()])
 
 
+def test_statistics_that_stay_do_not_travel(federation, net, points):
+    module = net()
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    federation(2).run(module, points(SIZES), [private(statistics="stay")])
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+
+
 def test_without_the_library(federation, normed, points, monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ValueError, match=r'not installed: pip install "featherlight\[privacy\]"'):

@@ -112,7 +112,7 @@ def serve(tmp_path):
 
 FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 1}}
 NEEDED = {
-    "ClientPrivacy": {"clip": 1.0, "noise_multiplier": 0.1},
+    "ClientPrivacy": {"clip": 1.0, "noise_multiplier": 0.1, "statistics": "stay"},
     "DepthDropout": {"blocks": "backbone.blocks.*"},
     "FetchSGD": {"columns": 200, "k": 50},
     "IntrinsicProjection": {"dim": 50},

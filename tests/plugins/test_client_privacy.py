@@ -130,6 +130,7 @@ def test_secret_noise_is_not_that_of_the_seed_and_goes_on_from_a_checkpoint():
         ({"delta": 0.0}, "delta=0"),
         ({"delta": 1.0}, "delta=1"),
         ({"shares": 0}, "shares=0"),
+        ({"statistics": "noisy"}, "statistics='noisy'"),
     ],
 )
 def test_arguments_out_of_range(options, why):
@@ -155,6 +156,8 @@ def test_running_statistics_are_refused():
     with pytest.raises(ValueError, match=r'"1" keeps running statistics.*group norm'):
         private(model=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     private(model=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.GroupNorm(1, 2)))
+    staying = private(model=nn.Sequential(nn.BatchNorm1d(2)), statistics="stay")
+    assert staying.encode({"0.weight": torch.zeros(2), "0.running_mean": torch.ones(2)}, Visit(0)).keys() == {"0.weight"}
 
 
 class Doubling(Plugin):
