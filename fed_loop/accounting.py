@@ -23,6 +23,9 @@ from featherlight.plugins import Chain, Mechanism
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
 
+FEW_ORDERS = [*range(2, 64), 128, 256, 512, 1024]
+"""Of Rényi divergences, where noise is looked for: with fewer of them ε is no smaller, and each takes time."""
+
 POISSON, FIXED, KNOWN = "add or remove one", "replace one", "zero out"
 
 
@@ -83,12 +86,13 @@ class Account:
         import dp_accounting as dp
         from dp_accounting import rdp
 
+        orders = None if self.adjacency == KNOWN else FEW_ORDERS
         rounds = self._settings.rounds
         times = rounds if self.adjacency != KNOWN else self._most_turns(rounds)
         try:
             with _quiet():
                 found = dp.calibrate_dp_mechanism(
-                    lambda: rdp.RdpAccountant(neighboring_relation=_relation(self.adjacency)),
+                    lambda: rdp.RdpAccountant(orders, _relation(self.adjacency)),
                     lambda sigma: dp.SelfComposedDpEvent(_event(self.adjacency, sigma, self._cohort, self._clients), times),
                     epsilon,
                     self.mechanism.delta,
