@@ -23,6 +23,7 @@ from featherlight.cli import expected, one_line
 from featherlight.commands.folders import folder_for
 from featherlight.commands.parsing import is_federated, parse
 from featherlight.commands.tables import SERVER_ROWS, comparison_table
+from featherlight.fed_loop.report import valid
 from featherlight.fed_loop.whole_files import write_text
 
 
@@ -173,6 +174,7 @@ def _one(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict
         result, _, _ = federate(["-c", str(file), *options, f"--federation.folder={folder}"], resume=resume)
         check_learned(result.turns, result.rejected)
         told = {"cost": result.cost.total(), "metrics": result.metrics, "turns": result.turns, "rejected": result.rejected}
+        told |= {} if result.privacy is None else {"privacy": valid(result.privacy)}
         told |= {} if result.cost.server is None else {"server": result.cost.server.total()}
     else:
         from featherlight.commands.lightning_run import fit
@@ -234,7 +236,7 @@ def _in_a_process_of_its_own(file: Path, folder: Path, resume: bool, options: Se
     costs = _costs(json.loads((folder / "cost.json").read_text()))
     result = json.loads((folder / "result.json").read_text())
     metrics = {name: math.nan if value is None else value for name, value in result["metrics"].items()}
-    return {**costs, "metrics": metrics, **_counts(result)}
+    return {**costs, "metrics": metrics, **_counts(result), **({"privacy": result["privacy"]} if "privacy" in result else {})}
 
 
 def _finished(file: Path, folder: Path, resume: bool, options: Sequence[str]) -> dict[str, Any] | None:

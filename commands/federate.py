@@ -17,7 +17,7 @@ from featherlight.commands.folders import folder_for
 from featherlight.commands.logging_ends import ended
 from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.run_logs import draw_run, log_end
-from featherlight.commands.tables import cost_table, metrics_line, server_table
+from featherlight.commands.tables import cost_table, metrics_line, privacy_line, server_table
 from featherlight.fed_loop import Federation, Result
 from featherlight.fed_loop.away import Carrier
 from featherlight.fed_loop.whole_files import write_text
@@ -49,6 +49,8 @@ def tell(result: Result, folder: Path | None) -> None:
     learned = result.rejected < result.turns
     if learned:
         console.print(metrics_line(result.metrics))
+    if result.privacy is not None:
+        console.print(privacy_line(result.privacy))
     if result.rejected and learned:
         console.print(f"[yellow]{result.rejected} of {result.turns} updates rejected[/]; metrics.jsonl tells in which rounds")
     console.print(f"written to {folder}", highlight=False)

@@ -41,6 +41,12 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
     return "   ".join(f"{name} {value:.1%}" if 0 <= value <= 1 else f"{name} {value:.4g}" for name, value in metrics.items())
 
 
+def privacy_line(told: Mapping[str, Any]) -> str:
+    """``(ε, δ) = (2.31, 1e-05) for any one client (add or remove one), noise multiplier 1.1, clip 0.5``"""
+    whose = f"for any one client ({told['adjacency']}), noise multiplier {told['noise_multiplier']:g}, clip {told['clip']:g}"
+    return f"(ε, δ) = ({told['epsilon']:.3g}, {told['delta']:g}) {whose}"
+
+
 def compression_line(compression: Sequence[float]) -> str:
     """``in the last round, tensors without names: 1899× less down, 1899× less up, 1899× less both ways``"""
     down, up, both = (f"{factor:.0f}" if factor >= 100 else f"{factor:.1f}" for factor in compression)
@@ -66,6 +72,9 @@ def comparison_table(runs: list[dict[str, Any]]) -> Table:
         table.add_row(f"server {HEADINGS[name]}", *(readable(name, run["server"][name]) if "server" in run else "" for run in runs))
     if any(run.get("rejected") for run in runs):
         table.add_row("rejected", *(f"{run['rejected']} of {run['turns']}" if "turns" in run else "" for run in runs), style="yellow")
+    if any(run.get("privacy") for run in runs):
+        found = (run["privacy"]["epsilon"] if run.get("privacy") else "" for run in runs)
+        table.add_row("ε", *("∞" if epsilon is None else epsilon and f"{epsilon:.3g}" for epsilon in found))
     table.add_section()
     for name in metrics or (["result"] if any("failed" in run for run in runs) else []):
         table.add_row(name, *(_score(run, name) for run in runs), style="bold")

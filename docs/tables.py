@@ -28,6 +28,7 @@ from featherlight.ssl_models import ImageData
 
 PAGES = Path(__file__).parent
 NEEDED: dict[str, dict[str, Any]] = {
+    "ClientPrivacy": {"clip": 1.0, "noise_multiplier": 0.1},
     "FetchSGD": {"columns": 32, "k": 8},
     "IntrinsicProjection": {"dim": 16},
     "MOON": {"through": ("norm", "head")},
@@ -43,15 +44,15 @@ REFUSALS = (ValueError, TypeError, MisconfigurationException)
 
 
 class Small(pl.LightningModule):
-    """A stem, three blocks of one shape, a norm with statistics and a head: (N, 1, 8, 8) to (N, 10)."""
+    """A stem, three blocks of one shape, a norm (with statistics or without) and a head: (N, 1, 8, 8) to (N, 10)."""
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: bool = True) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.stem = nn.Conv2d(1, 4, 3, padding=1)
             self.blocks = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
-            self.norm = nn.BatchNorm1d(4)
+            self.norm = nn.BatchNorm1d(4) if statistics else nn.LayerNorm(4)
             self.head = nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +78,11 @@ def make(name: str, where: Any = plugins, **options: Any) -> Any:
     return getattr(where, name)(**({"blocks": "blocks.*"} if staged else {}), **{**NEEDED.get(name, {}), **options})
 
 
+def _model(*names: str | None) -> Small:
+    """One without statistics for what refuses them."""
+    return Small(statistics="ClientPrivacy" not in names)
+
+
 def digits() -> ImageData:
     """Two clients with two batches of four digits each, and four digits of the server's."""
     data = ImageData("digits", views=1, augment="none", limit_train=20, batch_size=4, num_clients=2, server_fraction=0.2)
@@ -90,7 +96,7 @@ def federated(names: tuple[str, ...], data: Any) -> str:
     settings = Federation(2, checkpoint_every=0, progress=False, accelerator="cpu")
     chain = [make(name) for name in names]  # what a constructor refuses is an error of this script's
     try:
-        result = settings.run(Small(), data, chain)
+        result = settings.run(_model(*names), data, chain)
     except REFUSALS as error:
         return str(error)
     return f"{result.rejected} updates rejected" if result.rejected else ""
@@ -180,7 +186,7 @@ def wires() -> list[str]:
     ways += [(f'`PartitionedTraining("{way}")`', "PartitionedTraining", own) for way, own in divided.items()]
     rows = []
     for shown, name, own in ways:
-        model = Small()
+        model = _model(name)
         with listening(model) as heard:
             chain = [make(name, **own)] if name else []
             Federation(3, checkpoint_every=0, progress=False, accelerator="cpu").run(model, digits(), chain)

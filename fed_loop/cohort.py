@@ -17,7 +17,12 @@ SPREAD = 0.5
 
 
 def asked(settings: Federation, num_clients: int, round: int) -> list[int]:
-    """Who is asked to take part in a round, ascending: ``over_select`` times the cohort, rounded up, or as many as there are."""
+    """Who is asked to take part in a round, ascending: ``over_select`` times the cohort, rounded up, or as many as there are; with
+    ``sampling="poisson"`` each client by itself, ``cohort`` of them on average, perhaps nobody."""
+    if settings.sampling == "poisson" and settings.cohort is not None:
+        sample(num_clients, settings.cohort, settings.seed, round)
+        random = Random(derive(settings.seed, round, "cohort"))
+        return [client for client in range(num_clients) if random.random() * num_clients < settings.cohort]
     size = settings.cohort if settings.cohort is None else max(settings.cohort, ceil(settings.cohort * settings.over_select - 1e-9))
     if size is not None and settings.over_select > 1:
         size = min(size, max(num_clients, settings.cohort or 0))

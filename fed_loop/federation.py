@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch.loggers import Logger
 from torch import nn
@@ -68,6 +68,8 @@ class Federation:
             row the run stops with what was wrong with them. 0: a round counts however few come.
         aggregate: in place of the exact mean by samples, which one hostile client moves as far as it likes: Median or TrimmedMean, over
             which each client counts alike.
+        sampling: ``"fixed"``: as many clients each time; ``"poisson"``: every client with probability ``cohort`` / clients, by itself, so
+            that rounds differ in size and one may have nobody. Of such rounds a far smaller ε is counted.
         server: server optimizer: Average (FedAvg), Momentum (FedAvgM) or Adam (FedAdam).
         seed: every random number of the run comes from it.
         resend: send a client all it needs in every round, in place of only what changed since it last took part.
@@ -99,6 +101,7 @@ class Federation:
         dropout: float = 0.0,
         min_clients: int = 0,
         aggregate: Median | None = None,
+        sampling: Literal["fixed", "poisson"] = "fixed",
         server: Average | None = None,
         seed: int = 0,
         resend: bool = False,
@@ -132,6 +135,13 @@ class Federation:
             raise ValueError(
                 f"over_select={over_select}, cohort={cohort}: give how many times as many clients as cohort says are asked, 1 or more"
             )
+        if sampling not in ("fixed", "poisson"):
+            raise ValueError(f"sampling={sampling!r} is not known; use 'fixed' or 'poisson'")
+        if sampling == "poisson" and (cohort is None or over_select > 1):
+            raise ValueError(
+                f"sampling='poisson' with cohort={cohort}, over_select={over_select}: give the number of clients that a round has on "
+                "average as cohort, and leave over_select out"
+            )
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline={deadline}: give a time above 0, in units of the median turn, or leave it out")
         if cohort is not None and min_clients > cohort:
@@ -148,6 +158,7 @@ class Federation:
         self.dropout = dropout
         self.min_clients = min_clients
         self.aggregate = aggregate
+        self.sampling = sampling
         self.server = Average() if server is None else server
         self.seed = seed
         self.resend = resend

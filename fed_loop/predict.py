@@ -21,7 +21,7 @@ from featherlight.fed_loop.federation import Federation
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import LocalStep, refusal_told
 from featherlight.fed_loop.meters import Meters
-from featherlight.fed_loop.plan import Plan
+from featherlight.fed_loop.plan import Plan, may_travel
 from featherlight.fed_loop.predict_divided import DividedPrediction
 from featherlight.fed_loop.round_kinds import check_partition
 from featherlight.fed_loop.server_training import ServerTraining
@@ -181,6 +181,8 @@ class _Prediction:
                 changed |= plan.sent.keys() if client not in gone else set()
             for client, entries in kept.items():
                 self.ledger.visited(client, entries)
+            if self.chain.counts_alike:  # by noise, which is on what nobody sent, too
+                changed |= may_travel(self.own.module, self.own.live).keys()
             self.chain.arrive([Visit(round, client, settings.seed) for client in cohort if client not in gone])
             if self.on_server.plan is not None:
                 self.table.add_server(self.chain.stage(round), round, self.on_server.predict(round))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,11 +126,12 @@ class Report:
         if self._folder is not None:
             write_text(self._folder / "cost.json", json.dumps(result.cost.to_json(), indent=2))
             told = {
-                "metrics": _valid(result.metrics),
+                "metrics": valid(result.metrics),
                 "rounds": result.rounds,
                 "turns": result.turns,
                 "rejected": result.rejected,
                 "rejected_by": result.rejected_by,
+                **({} if result.privacy is None else {"privacy": valid(result.privacy)}),
             }
             write_text(self._folder / "result.json", json.dumps(told, indent=2))
         for logger in self._loggers:
@@ -183,13 +185,13 @@ def _note(row: Mapping[str, Any]) -> str:
     return f"stage {row['stage']} {told}"
 
 
-def _valid(row: Mapping[str, Any]) -> dict[str, Any]:
+def valid(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as JSON knows it, which has no NaN and no infinity: null in their place."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_valid(row), allow_nan=False) + "\n"
+    return json.dumps(valid(row), allow_nan=False) + "\n"
 
 
 def _forget(logger: TensorBoardLogger, rounds: int) -> None:
@@ -200,3 +202,19 @@ def _forget(logger: TensorBoardLogger, rounds: int) -> None:
     writer = logger.experiment
     writer.close()
     writer.purge_step = rounds
+
+
+def added(rows: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Rejected and dropped out in all ``rows``, by reason."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update({name: int(value) for name, value in row.items() if name.startswith("rejected_") or name == "dropped_out"})
+    return {name: number for name, number in sorted(total.items()) if number}
+
+
+def of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]:
+    """What the server computed, in clients' places or on data of its own, where it did."""
+    costs = [turn.server for turn in turns if turn.server is not None] + ([] if own_turn is None else [own_turn.cost])
+    flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
+    told = {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
+    return told if own_turn is None else {**told, "server_loss": own_turn.loss, "calibration_rejected": int(bool(own_turn.rejected))}

@@ -20,13 +20,15 @@ class Result:
     """What a run leaves.
 
     Args:
-        history: a dict per round; metrics: of the last evaluation; cost: the cost table; rounds: how many were run in all.
+        history: a dict per round; metrics: of the last evaluation; cost: the cost table; rounds: how many were run in all;
+        privacy: where a plugin makes rounds private, ε, its δ and what they are of.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     cost: CostTable = field(default_factory=CostTable)
     rounds: int = 0
+    privacy: dict[str, Any] | None = None
 
     @property
     def turns(self) -> int:

@@ -104,6 +104,8 @@ def check_partition(settings: Federation, partition: Partition | None, module: n
     """
     if partition is not None and partition.buffer is None and settings.clip is not None:
         raise ValueError(f"clip={settings.clip} needs the norm of all gradients, of which device and server each have a part: leave it out")
+    if partition is not None and settings.sampling == "poisson":
+        raise ValueError("sampling='poisson': rounds of a model that is divided have cohorts of a fixed size: leave it out")
     queues = getattr(module, "queues", ())
     if queues and data.num_clients > 1 and not (partition is not None and partition.joint):
         raise ValueError(

@@ -14,20 +14,22 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from featherlight.fed_loop.aggregate import Aggregate, Mean
+from featherlight.fed_loop.accounting import account_of
+from featherlight.fed_loop.aggregate import Aggregate
 from featherlight.fed_loop.away import Carrier
-from featherlight.fed_loop.cohort import balance, sample
+from featherlight.fed_loop.cohort import asked, balance
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import as_weights
 from featherlight.fed_loop.processes import Processes
-from featherlight.fed_loop.report import Report
+from featherlight.fed_loop.report import Report, added, of_server
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.round_kinds import RoundKinds
 from featherlight.fed_loop.saved_state import SavedState
 from featherlight.fed_loop.server_training import ServerTraining
 from featherlight.fed_loop.trainees import Trainees, local_steps
 from featherlight.fed_loop.turn import LocalTraining, Turn, everybodys
+from featherlight.fed_loop.weighing import Weighing
 from featherlight.plugins import Chain, Clock, Message, Visit, find_targets
 from featherlight.plugins.targets import follow
 
@@ -91,13 +93,14 @@ class Run:
             ValueError: data, model and settings do not fit together.
         """
         settings, data = self.settings, self.data
-        sample(data.num_clients, settings.cohort, settings.seed, 0)  # are there as many clients as are asked for?
+        asked(settings, data.num_clients, 0)  # are there as many clients as are asked for?
         for client, samples in enumerate(self.sizes):
             if data.steps_per_visit(client, settings.local_epochs) < 1:
                 raise ValueError(f"client {client} has {samples} training samples, which make no batch: give it more, or leave it out")
         self.kinds.check()
         self.on_server.check()
         self.chain.check(settings.rounds)
+        self.account = account_of(settings, self.chain, data.num_clients)
         if settings.evaluate_clients:
             self._check_clients_can_be_evaluated()
         if self.evaluators and self.processes.rank == 0 and hasattr(data, "probe_data"):
@@ -146,7 +149,7 @@ class Run:
         last = self.result.history[-VOID_ROUNDS:]
         if len(last) < VOID_ROUNDS or not all(row.get("void") for row in last):
             return
-        told = ", ".join(f"{name.removeprefix('rejected_')} {row}" for name, row in _added(last).items()) or "nobody answered"
+        told = ", ".join(f"{name.removeprefix('rejected_')} {row}" for name, row in added(last).items()) or "nobody answered"
         raise ValueError(
             f"in {VOID_ROUNDS} rounds in a row, up to round {int(last[-1]['round'])}, fewer than min_clients={self.settings.min_clients} "
             f"updates could be used ({told}): see to the clients and go on with resume=True (--resume), or lower min_clients"
@@ -172,15 +175,14 @@ class Run:
         kind = self.kinds.of(clock)
         cohort = kind.cohort(round)
         visits = [Visit(round, client, settings.seed) for client in balance(cohort, self.sizes, processes.size)[processes.rank]]
-        like = self.trainees.travels(Visit(round, client, settings.seed) for client in cohort)
-        rule = (settings.aggregate or Mean).over
-        mean = rule(like, self.chain.decodes)
-        total = sum(self.sizes[client] for client in cohort)
+        like = self.trainees.travels(Visit(round, client, settings.seed) for client in cohort or [0])
+        weighing = Weighing(settings, self.chain, self.sizes, cohort)
+        mean = weighing.aggregate(like)
         turns: list[Turn] = []
         kept: Message = {}
         with processes.together():
             for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
-                self._admit(turn, update, self.sizes[turn.client] / total if not turn.stray else 0.0, mean)
+                self._admit(turn, update, weighing.of(turn.client) if not turn.stray else 0.0, mean)
                 if turn.counts:  # what the server did not take counts as never done
                     kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
                 turns.append(turn)
@@ -192,7 +194,8 @@ class Run:
         kept = processes.share(kept) if self.chain.remembers else {}
         counted = sum(turn.counts for turn in everybody)
         if self.settings.min_clients and counted < self.settings.min_clients:  # as if nobody had come
-            mean, kept, counted = rule(like, self.chain.decodes), {}, 0
+            mean, kept, counted = weighing.aggregate(like), {}, 0
+        weighing.done(counted)
         self._whole = False  # from here to the end of the round, state is half old and half new
         kind.settle(round, everybody)
         self._remember(kept)
@@ -319,7 +322,8 @@ class Run:
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
             "lr": self.own.raw_optimizer.param_groups[0]["lr"],
             "seconds": seconds,
-            **_of_server(turns, own_turn),
+            **of_server(turns, own_turn),
+            **({} if self.account is None else {"epsilon": self.account.epsilon(round + 1)}),
             **self.chain.figures(),
         }
         last = round + 1 == self.settings.rounds
@@ -329,6 +333,7 @@ class Run:
             row |= self.result.metrics
         self.result.history.append(row)
         self.result.rounds = round + 1
+        self.result.privacy = None if self.account is None else self.account.told(round + 1)
         with self.processes.together():  # where one process alone writes, and its disk is full, the others are told
             self.report.round_is_done(row, [*turns, *([own_turn] if own_turn is not None else [])], self.result)
 
@@ -383,19 +388,3 @@ class Run:
                 f"evaluate_clients=True, but {type(self.module).__name__}.validation_step gives no figure for clients' held-out samples "
                 "(a model that learns from two views has none for single images): judge its features by probes, and leave it out"
             )
-
-
-def _added(rows: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """Rejected and dropped out in all ``rows``, by reason."""
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update({name: int(value) for name, value in row.items() if name.startswith("rejected_") or name == "dropped_out"})
-    return {name: number for name, number in sorted(total.items()) if number}
-
-
-def _of_server(turns: Sequence[Turn], own_turn: Turn | None) -> dict[str, float]:
-    """What the server computed, in clients' places or on data of its own, where it did."""
-    costs = [turn.server for turn in turns if turn.server is not None] + ([] if own_turn is None else [own_turn.cost])
-    flops = sum(cost.flops_forward + cost.flops_backward for cost in costs)
-    told = {"server_flops": flops, "server_seconds": sum(cost.seconds for cost in costs)} if costs else {}
-    return told if own_turn is None else {**told, "server_loss": own_turn.loss, "calibration_rejected": int(bool(own_turn.rejected))}

@@ -32,6 +32,7 @@ class SavedState:
             "deadline": settings.deadline,
             "min_clients": settings.min_clients or None,
             "aggregate": settings.aggregate and f"{type(settings.aggregate).__name__}({settings.aggregate.describe()})",
+            "sampling": settings.sampling if settings.sampling != "fixed" else None,
             "client_batch": settings.client_batch if settings.client_batch > 1 else None,
         }
         return {

@@ -80,8 +80,8 @@ def _over_rounds(settings: Federation, num_clients: int, own: Trainee, trainees:
                 for part in {part_of[name] for name in names if name in part_of}:
                     counts[part] += 1
         for row, part in enumerate(parts):
-            found.trained[row].append(trained[part] / len(cohort))
-            found.frozen[row].append(max(0, present[part] - trained[part]) / len(cohort))
+            found.trained[row].append(trained[part] / max(len(cohort), 1))
+            found.frozen[row].append(max(0, present[part] - trained[part]) / max(len(cohort), 1))
     return found
 
 

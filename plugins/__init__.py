@@ -4,11 +4,13 @@ from featherlight.plugins.base import SERVER, Change, Clock, Message, Plugin, Vi
 from featherlight.plugins.blocks import Tower, find_blocks
 from featherlight.plugins.calibration import Calibration
 from featherlight.plugins.chain import Chain
+from featherlight.plugins.client_privacy import ClientPrivacy
 from featherlight.plugins.depth_dropout import DepthDropout
 from featherlight.plugins.fed_ema import FedEMA
 from featherlight.plugins.fetch_sgd import FetchSGD
 from featherlight.plugins.intrinsic import IntrinsicProjection
 from featherlight.plugins.layer_freezing import LayerFreezing
+from featherlight.plugins.mechanism import Mechanism
 from featherlight.plugins.moon import MOON
 from featherlight.plugins.norm_clipping import NormClipping
 from featherlight.plugins.partition import Partition
@@ -29,12 +31,14 @@ __all__ = [
     "Calibration",
     "Chain",
     "Change",
+    "ClientPrivacy",
     "Clock",
     "DepthDropout",
     "FedEMA",
     "FetchSGD",
     "IntrinsicProjection",
     "LayerFreezing",
+    "Mechanism",
     "Message",
     "NormClipping",
     "Partition",

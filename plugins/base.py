@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from featherlight.plugins.calibration import Calibration
+    from featherlight.plugins.mechanism import Mechanism
     from featherlight.plugins.partition import Partition
 
 Message = dict[str, Tensor]
@@ -99,6 +100,14 @@ class Plugin:
 
     bounds: ClassVar[bool] = False
     """Whether :meth:`decode` holds the server to what :meth:`encode` did: it must then read what it encoded."""
+
+    keeps_norm: ClassVar[bool] = False
+    """Whether all that :meth:`decode` makes of a message is at most as long as what it reads, by Euclidean norm: it puts numbers in their
+    places, and may make them smaller."""
+
+    alike: ClassVar[bool] = False
+    """Whether every client counts alike, whatever its number of samples, and the sum of a round's updates is divided by a number that does
+    not depend on who came (:meth:`summed`)."""
 
     @property
     def remakes(self) -> bool:
@@ -239,6 +248,17 @@ class Plugin:
         return message
 
     # -- federated: the server, once a round ----------------------------------------------------------------------
+    def mechanism(self) -> Mechanism | None:
+        """What makes a round's result differentially private, for whoever keeps account; None: nothing does."""
+        return None
+
+    def summed(self, over: int, counted: int) -> None:
+        """Behind adding and before :meth:`lift`, where a method counts clients :attr:`alike`.
+
+        Args:
+            over: what the sum is divided by: how many clients a round is to have; counted: how many are in it.
+        """
+
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         """After adding and dividing: what can be added as it came (a subspace's coordinates, a sketch) becomes entries again. The model
         holds the server's weights.

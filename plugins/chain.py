@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featherlight.plugins.base import IN_TURN, Change, Clock, Message, Plugin, Visit, overrides
 from featherlight.plugins.calibration import Calibration
+from featherlight.plugins.mechanism import Mechanism
 from featherlight.plugins.partition import Partition
 
 _FAR = 2**31  # a period that no run reaches: its stage is the last
@@ -59,6 +60,11 @@ class Chain(Plugin):
         """Whether a client keeps anything from one turn to the next."""
         return any(overrides(plugin, "remember") for plugin in self.plugins)
 
+    @property
+    def counts_alike(self) -> bool:
+        """Whether each client of a round counts alike, and their sum is divided by a number that does not depend on who came."""
+        return any(plugin.alike for plugin in self.plugins)
+
     def why_alone(self) -> str:
         """Why a host must train one client after the other, or nothing."""
         for plugin in self.plugins:
@@ -86,12 +92,32 @@ class Chain(Plugin):
                     f"{later[0]} makes other numbers of what {name} bounds, and the server could not tell whether a client kept to it: put "
                     f"{name} behind {later[0]}"
                 )
+        self._check_noise()
         for number, plugin in enumerate(self.plugins):
             try:
                 plugin.attach(model)
             except BaseException:
                 Chain(self.plugins[:number]).detach()  # a chain that cannot be attached leaves the model as it was
                 raise
+
+    def _check_noise(self) -> None:
+        """Noise is for what one client adds, bounded, to a sum.
+
+        Raises:
+            ValueError: something would make that longer, or add to the sum before there is noise in it.
+        """
+        places = [place for place, plugin in enumerate(self.plugins) if plugin.mechanism() is not None]
+        if not places:
+            return
+        name = type(self.plugins[places[0]]).__name__
+        if len(places) > 1:
+            raise ValueError(f"{name} and {type(self.plugins[places[1]]).__name__} each add noise to a round's sum: leave one of them out")
+        for plugin in self.plugins[: places[0]]:
+            if overrides(plugin, "decode") and not plugin.keeps_norm:
+                raise ValueError(f"{type(plugin).__name__} sends codes, and {name} bounds the length of numbers: put {name} in front of it")
+        for plugin in self.plugins[places[0] + 1 :]:
+            if overrides(plugin, "lift"):
+                raise ValueError(f"{type(plugin).__name__} takes a round's sum before {name} has added noise to it: put {name} behind it")
 
     def advance(self, clock: Clock) -> Change:
         changes = [plugin.advance(clock) for plugin in self.plugins]
@@ -251,6 +277,13 @@ class Chain(Plugin):
         for plugin in reversed(self.plugins):
             decoded = plugin.decode(dict(decoded), visit)
         return decoded
+
+    def mechanism(self) -> Mechanism | None:
+        return next((found for plugin in self.plugins if (found := plugin.mechanism()) is not None), None)
+
+    def summed(self, over: int, counted: int) -> None:
+        for plugin in self.plugins:
+            plugin.summed(over, counted)
 
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         for plugin in reversed(self.plugins):

@@ -61,7 +61,7 @@ class IntrinsicProjection(Plugin):
     """
 
     same_for_all = True
-    renames = True
+    renames = keeps_norm = True
     only_adds = "clients send coordinates of which the sums mean something, each of them a part of every parameter"
     ordinary_server = False  # its weights are θ₀ + A·Σ, and nothing else would reach clients
 

@@ -36,6 +36,7 @@ class NormClipping(Plugin):
     """
 
     bounds = True
+    keeps_norm = True
 
     def __init__(self, max_norm: float, tolerance: float = 10.0) -> None:
         if not 0 < max_norm < float("inf"):

@@ -55,6 +55,8 @@ class PrismSampling(Plugin):
         ValueError: a share or power out of its range; on attach, nothing to take apart, or another plugin came before.
     """
 
+    keeps_norm = True
+
     def __init__(
         self,
         keep: float | dict[float, float] = 0.2,

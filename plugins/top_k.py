@@ -34,6 +34,7 @@ class TopK(Plugin):
     """
 
     same_for_all = True
+    keeps_norm = True
     only_adds = "a client sends few elements, and most of what is read of it are zeros that it did not send"
     at_once = True
 

@@ -136,7 +136,7 @@ def test_help_answers_without_loading_torch() -> None:
 METHODS = re.compile(
     r"layer[ _-]?(freezing|wise)|\bfreezing\b|depth[ _-]?dropout|growth|width[ _-]?adapter|\bStaged\b|prism|intrinsic"
     r"|ecofed|partitioned[ _-]?training|quantiz|top[ _-]?k\b|fetch[ _-]?sgd"
-    r"|alignment|proximal|fed[ _-]?prox|\bmoon\b|fed[ _-]?ema"
+    r"|client[ _-]?privacy|alignment|proximal|fed[ _-]?prox|\bmoon\b|fed[ _-]?ema"
     r"|\b(every|rate|max_kept|blocks|blocks_per_stage|periods_per_stage|warmup_periods|grow|init|adapters|rank|keep)=",
     re.IGNORECASE,
 )
@@ -166,6 +166,7 @@ def test_every_callback_is_a_host_or_named_after_its_method() -> None:
         *("LayerFreezing", "layer_freezing", "layer-wise", "DepthDropout", "depth-dropout", "ProgressiveGrowth", "WidthAdapter", "PriSM"),
         *("prism.factors", "IntrinsicSubspace", "EcoFed", "PartitionedTraining", "(every='round')", "grow=False", "rate=0.5"),
         *("Quantization", "TopK", "top_k", "FetchSGD", "RepresentationAlignment", "Proximal", "MOON", "fed_ema", "FedEMA"),
+        *("ClientPrivacy", "client_privacy"),
     ],
 )
 def test_the_pattern_finds_the_methods(name: str) -> None:

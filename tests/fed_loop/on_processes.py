@@ -12,6 +12,7 @@ import torch
 from featherlight.fed_loop import Federation, Median, Momentum
 from featherlight.plugins import (
     MOON,
+    ClientPrivacy,
     DepthDropout,
     FedEMA,
     FetchSGD,
@@ -132,6 +133,17 @@ def medians(toys, settings):
     plugins = [DepthDropout("blocks.*"), NormClipping(1.0), Quantization()]
     options = {"cohort": 4, "over_select": 1.2, "dropout": 0.2, "aggregate": Median(), "min_clients": 1}
     return Federation(4, seed=3, **options, **settings), toys.Net(), data, plugins
+
+
+def private(toys, settings):
+    """Noise on what clients' projections add up to, whose secret one process alone has made; cohorts that may be empty; one rejected."""
+    data = toys.Points([10, 3, 14, 6])
+    data.clients[3][0][0, 0] = float("nan")
+    module = toys.Net()
+    for block in module.blocks:
+        block.norm = torch.nn.LayerNorm(8)
+    plugins = [IntrinsicProjection(20), ClientPrivacy(0.1, 0.5), Quantization()]
+    return Federation(4, cohort=2, sampling="poisson", seed=8, **settings), module, data, plugins
 
 
 def jointly(toys, settings):

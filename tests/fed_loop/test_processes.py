@@ -38,7 +38,7 @@ LAUNCHERS = {
             "torchrun",
             [
                 *("layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "held_near"),
-                *("replayed", "jointly", "queued", "lockstep", "calibrated", "medians"),
+                *("replayed", "jointly", "queued", "lockstep", "calibrated", "medians", "private"),
             ],
         ),
     ],
@@ -53,7 +53,7 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
-        rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3, "held_near": 5}  # one client, each time
+        rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3, "held_near": 5, "private": 2}  # one client, each time
         if name != "medians":  # there the client is now and then among those that drop out
             assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
 

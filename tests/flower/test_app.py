@@ -112,6 +112,7 @@ def serve(tmp_path):
 
 FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 1}}
 NEEDED = {
+    "ClientPrivacy": {"clip": 1.0, "noise_multiplier": 0.1, "statistics": "stay"},
     "DepthDropout": {"blocks": "backbone.blocks.*"},
     "FetchSGD": {"columns": 200, "k": 50},
     "IntrinsicProjection": {"dim": 50},
@@ -132,7 +133,7 @@ WAYS = {name: [{"class_path": name, "init_args": NEEDED.get(name, {})}] for name
 }
 REFUSED = {"PartitionedTraining": "a model divided between device and server does not run with clients in processes of their own"}
 ROUNDING = {"IntrinsicProjection": 1e-5}
-"""Of weights, where clients work them out by themselves; by plain steps, since Adam's make as much of a gradient's last digits as of its first."""
+"""Of weights that clients work out by themselves, by plain steps: Adam's make as much of a gradient's last digits as of its first."""
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in REFUSED])
