@@ -223,7 +223,7 @@ class AwayRounds:
         sent.length, sent.keeps = sent.length + len(offer.payload), offer.kept
         memory = int(memories[visit.client]["round"]) if visit.client in memories else NONE_YET
         progress = absent(self._settings, self.cohort(visit.round), visit.round).get(visit.client)
-        return Request(visit, offer.payload, holds, offer.kept, memory, progress, self._trainees.own.chain.tell())
+        return Request(visit, bytes(offer.payload), holds, offer.kept, memory, progress, self._trainees.own.chain.tell())
 
     def _arrived(self, reply: Reply, visit: Visit, sent: Sent, limit: int) -> tuple[Turn, Message, Message]:
         turn, payload = reply.turn, reply.payload

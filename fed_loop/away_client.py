@@ -83,7 +83,7 @@ class AwayClient:
         memories = {round: kept for round, kept in own.memories.items() if round == request.memory}
         if self._chain.remembers and not turn.dropped_out:
             memories[visit.round] = memory
-        return Reply(turn, payload, round=visit.round), Belongings(keeps, dict(request.keeps), received, memories)
+        return Reply(turn, bytes(payload), round=visit.round), Belongings(keeps, dict(request.keeps), received, memories)
 
     def _batches(self, request: Request) -> Iterable[Any]:
         visit, epochs = request.visit, self._settings.local_epochs

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from featherlight.fed_loop.aggregate import Aggregate, Mean
+from featherlight.fed_loop.aggregate import Aggregate, Mean, weigh
 from featherlight.fed_loop.away import Carrier
 from featherlight.fed_loop.cohort import balance, sample
 from featherlight.fed_loop.interrupts import Interrupts
@@ -174,12 +174,12 @@ class Run:
         like = self.trainees.travels(Visit(round, client, settings.seed) for client in cohort)
         rule = (settings.aggregate or Mean).over
         mean = rule(like, self.chain.decodes)
-        total = sum(self.sizes[client] for client in cohort)
+        weights = weigh([self.sizes[client] for client in cohort], cohort)
         turns: list[Turn] = []
         kept: Message = {}
         with processes.together():
             for turn, update, memory in kind.turns(visits, self.server, self.ledger, self.memories):
-                self._admit(turn, update, self.sizes[turn.client] / total if not turn.stray else 0.0, mean)
+                self._admit(turn, update, weights.get(turn.client, 0.0) if not turn.stray else 0.0, mean)
                 if turn.counts:  # what the server did not take counts as never done
                     kept |= {f"{turn.client}:{name}": value for name, value in memory.items()}
                 turns.append(turn)
@@ -205,11 +205,11 @@ class Run:
         self.on_server.begin(clock)
         if self.processes.size > 1:
             self.processes.from_first(self.chain.agree())
-        self._adopt(clock.period - 1)
+        self._adopt(clock.period - 1, self.chain.advances)
 
-    def _adopt(self, period: int) -> None:
-        """What plugins did to the server's model becomes the server's state."""
-        changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])]
+    def _adopt(self, period: int, touched: bool = True) -> None:
+        """What plugins did to the server's model, if they ``touched`` it, becomes the server's state."""
+        changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])] if touched else []
         for name in changed:
             self.server[name].copy_(self.live[name].detach())
         self.ledger.changed(changed, period)
@@ -246,7 +246,7 @@ class Run:
             old = self.server[name]
             new = value  # of statistics and counts, which momentum would carry past what was measured (a variance below 0)
             if isinstance(self.live[name], nn.Parameter):
-                new = self.optimizer_of_server.step(name, old.double(), value)
+                new = self.optimizer_of_server.step(name, old, value)
             if name in held_by_some:
                 new = new.where(held_by_some[name], old.double())
             old.copy_(new if old.is_floating_point() else new.round())
@@ -254,7 +254,7 @@ class Run:
         self._load_server()
         own_turn = self._train_on_server(clock) if arrived else None
         self.chain.settle(self.module, clock)
-        self._adopt(clock.period)
+        self._adopt(clock.period, own_turn is not None or self.chain.settles)
         return own_turn
 
     def _train_on_server(self, clock: Clock) -> Turn | None:

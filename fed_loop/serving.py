@@ -11,7 +11,7 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.trainees import Trainee, Trainees
 from featherlight.fed_loop.turn import Turn
-from featherlight.fed_loop.wire import pack, unpack
+from featherlight.fed_loop.wire import Payload, pack_here, unpack
 from featherlight.plugins import Message, Visit
 from featherlight.plugins.rejection import Rejection
 
@@ -24,7 +24,7 @@ class Offer(NamedTuple):
         kept: what the client keeps once it has trained, with versions.
     """
 
-    payload: bytes
+    payload: Payload
     received: Message
     kept: dict[str, int]
 
@@ -37,7 +37,7 @@ class Serving:
         self.begin_round()
 
     def begin_round(self) -> None:
-        self._last: tuple[tuple[str, ...], bytes, Message] | None = None
+        self._last: tuple[tuple[str, ...], Payload, Message] | None = None
         self._due: dict[Hashable, dict[str, tuple[torch.Size, torch.dtype]]] = {}
 
     def offer(self, trainee: Trainee, plan: Plan, visit: Visit, server: Message, ledger: Ledger) -> Offer:
@@ -46,11 +46,11 @@ class Serving:
         kept = ledger.after(visit.client, served.lasting, plan.sent, server.keys())
         names = tuple(ledger.to_send(visit.client, served.wanted, served.made))
         if served.made or self._last is None or self._last[0] != names:  # the same message for several clients is made and read once
-            payload = pack({name: served.entries[name] for name in names})
+            payload = pack_here({name: served.entries[name] for name in names})
             self._last = names, payload, unpack(payload)
         return Offer(self._last[1], self._last[2], kept)
 
-    def read(self, payload: bytes, limit: int, trainee: Trainee, plan: Plan, visit: Visit, turn: Turn) -> Message:
+    def read(self, payload: Payload, limit: int, trainee: Trainee, plan: Plan, visit: Visit, turn: Turn) -> Message:
         """The update as the server reads it: new values, or, where plugins change what travels, differences as decoding gave them. One
         that it cannot read is rejected, as is one with other entries than this client was to train, or with some of them missing."""
         if turn.rejected:  # what a client makes of a turn that failed need not even be a message

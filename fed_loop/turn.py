@@ -16,7 +16,7 @@ from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.trainees import Trainee
-from featherlight.fed_loop.wire import pack
+from featherlight.fed_loop.wire import Payload, pack_here
 from featherlight.plugins import Chain, Clock, Message, Visit
 from featherlight.plugins.cost_table import TurnCost
 from featherlight.plugins.optimizer_state import clear
@@ -141,7 +141,7 @@ class Taking:
 
     def take(
         self, trainee: Trainee, plan: Plan, visit: Visit, batches: Iterable[Any], values: Mapping[str, Tensor], memory: Message, turn: Turn
-    ) -> tuple[bytes, Message]:
+    ) -> tuple[Payload, Message]:
         """Train the client of ``visit``.
 
         Args:
@@ -171,12 +171,12 @@ class Taking:
 
     def end(
         self, chain: Chain, sent: Mapping[str, Tensor], before: Mapping[str, Tensor], visit: Visit, turn: Turn
-    ) -> tuple[bytes, Message]:
+    ) -> tuple[Payload, Message]:
         """The update, serialised, and what plugins keep: new values as they are, or, where plugins change what travels and so there is a
         ``before``, what they make of the differences. Nothing of a client that drops out."""
         if turn.dropped_out:
             turn.rejected = ""
-            return b"", Message()
+            return bytearray(), Message()
         update = chain.encode({name: value.detach() - before[name] for name, value in sent.items()}, visit) if before else sent
-        payload = pack(update)
+        payload = pack_here(update)
         return payload, {name: value.detach().to("cpu", copy=True) for name, value in chain.remember(visit).items()}

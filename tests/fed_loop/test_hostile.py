@@ -40,7 +40,7 @@ class Tampered:
         def read(serving, payload, limit, trainee, plan, visit, turn):
             if visit.client in of and payload:
                 payload = change(wire.unpack(payload), payload)
-                payload = payload if isinstance(payload, bytes) else pack(payload)
+                payload = payload if isinstance(payload, bytes | bytearray) else pack(payload)
             return real(serving, payload, max(limit, len(payload)), trainee, plan, visit, turn)
 
         monkeypatch.setattr(Serving, "read", read)
