@@ -1,36 +1,34 @@
-"""Adding up what clients sent, exactly: sums of integers come out the same in any order and on any number of processes.
+"""Adding up what clients sent, exactly: sums come out the same in any order and on any number of processes.
 
-A value times its weight becomes two 64-bit integers, a coarse and a fine part, in units of 2⁻³⁰ and 2⁻⁷⁶. Integers add exactly in any
-order, which floats do not; it is also what secure aggregation needs. A value of one client alone comes back bit for bit.
+Values times weights are added as :mod:`~featherlight.fed_loop.exact_sums` does it, in units of 2⁻⁷⁶. Such sums are also what secure
+aggregation needs. A value of one client alone comes back bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from featherlight.fed_loop.exact_sums import BOUND, COARSE, PANEL, ExactSums
+from featherlight.fed_loop.wire import in_wire_order
 from featherlight.plugins.rejection import Rejection
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.processes import Processes
 
-COARSE = 2.0**30
-FINE = 2.0**46
-BOUND = 2.0**22
-"""Largest magnitude of a value: above it the coarse part would lose bits."""
-PIECE = 2**15
-"""Elements added at a time on a CPU."""
 MOST_CLIENTS = 2**16
-"""Largest cohort: the fine parts of more could overflow."""
+"""Largest cohort."""
 
 Entries = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 """One client's: name → value, or (value, weight of each element: 0 where the client held nothing)."""
 
 Means = dict[str, Tensor | tuple[Tensor, Tensor]]
-"""Over clients: name → float64 of every entry somebody held; ``(value, held)`` with a mask where only some elements were held."""
+"""Over clients: name → float64 of every entry somebody held; ``(mean, held)`` with a mask where only some elements were held."""
 
 
 class Aggregate(Protocol):
@@ -44,10 +42,6 @@ class Aggregate(Protocol):
 
     def result(self) -> Means:
         """Of all that was added."""
-
-
-_Piece = tuple[slice, list[tuple[str, slice]]]
-"""A range of the sums, and what adds to it: names, and which part of each."""
 
 
 class Mean:
@@ -67,17 +61,13 @@ class Mean:
 
     def __init__(self, like: Mapping[str, Tensor], dense_weights: bool = False) -> None:
         self._shapes = {name: value.shape for name, value in like.items()}
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        weight_sizes = sizes if dense_weights else [1] * len(sizes)
+        order = in_wire_order(like)  # neighbours in a message are neighbours here
+        sizes = [self._shapes[name].numel() for name in order]
         device = next(iter(like.values())).device if like else torch.device("cpu")
-        self._sums = torch.zeros(2, sum(sizes), dtype=torch.int64, device=device)
-        self._weights = torch.zeros(sum(weight_sizes), dtype=torch.int64, device=device)
-        largest = max(sizes, default=0)
-        self._piece = max(1, min(PIECE, sum(sizes)) if device.type == "cpu" else largest)
-        self._buffers = [torch.empty(self._piece, dtype=dtype, device=device) for dtype in (torch.float64, torch.float64, torch.int64)]
-        self._cuts: dict[tuple[str, ...], list[_Piece]] = {}
-        self._at = dict(zip(self._shapes, _slices(sizes)))
-        self._weight_at = dict(zip(self._shapes, _slices(weight_sizes)))
+        self._sums = ExactSums(sum(sizes), device)
+        self._at = dict(zip(order, _slices(sizes)))
+        self._units = dict.fromkeys(order, 0)  # weights of entries, times 2³⁰
+        self._each = torch.zeros(sum(sizes) if dense_weights else 0, dtype=torch.int64, device=device)  # of elements, beside those
 
     @classmethod
     def over(cls, like: Mapping[str, Tensor], dense_weights: bool = False) -> Mean:
@@ -89,84 +79,102 @@ class Mean:
 
         Args:
             update: name → value, or (value, weight of each element: 0 where the client held nothing).
-            weight: of this client, so scaled that the cohort's weights add up to at most 1.
+            weight: of this client, so scaled that the cohort's weights add up to at most 1; multiples of 2⁻³⁰ are exact, others are
+                rounded to such. With few bits in it (1/8, 3/8, 5/8) adding is faster.
 
         Raises:
             ValueError: a name or shape that does not belong here, a value that is not finite or beyond :data:`BOUND`;
                 nothing of the update has been added then.
         """
-        check_update(update, self._shapes)
-        units = float(round(weight * COARSE))  # rounded before it multiplies values: a sum divided by its weights is then a mean
-        entries = [(name, entry) for name in self._at if (entry := update.get(name)) is not None]
-        plain = {name: entry.detach().reshape(-1) for name, entry in entries if not isinstance(entry, tuple)}
-        for where, parts in self._pieces(tuple(plain)):
-            self._add(where, [plain[name][part] for name, part in parts], units)
-        for where in _joined([self._weight_at[name] for name in plain]):
-            self._weights[where] += int(units)
-        for name, entry in entries:
+        check_belongs(update, self._shapes)
+        plain = {name: entry.detach() for name in self._at if isinstance(entry := update.get(name), Tensor)}
+        if len(plain) < len(update):
+            check_magnitudes(update)
+        units = round(weight * COARSE)  # rounded before it multiplies values: a sum divided by its weights is then a mean
+        runs = self._runs(plain)
+        for place, (start, values) in enumerate(runs):
+            if not self._sums.add(start, values, units):
+                for earlier, added in runs[:place]:
+                    self._sums.add(earlier, added, -units)
+                check_magnitudes(update)  # says which
+        for name in plain:
+            self._units[name] += units
+        for name, entry in update.items():
             if isinstance(entry, tuple):
                 value, own = (part.detach().reshape(-1) for part in entry)
-                self._add_weighted(name, value, own, weight)
+                each = (own.double() * weight).mul_(COARSE).round_().to(self._each.device)
+                self._sums.add_each(self._at[name].start, value, each)
+                self._each[self._at[name]] += each.long()
 
-    def _add_weighted(self, name: str, value: Tensor, own: Tensor, weight: float) -> None:
-        """Where each element has a weight of its own."""
-        for where, ((_, part),) in self._pieces((name,)):
-            units = (own[part].double() * weight).mul_(COARSE).round_().to(self._sums.device)
-            self._add(where, [value[part]], units)
-            self._weights[where] += units.long()
-
-    def _add(self, where: slice, values: Sequence[Tensor], units: float | Tensor) -> None:
-        """Add ``values``, (n₁,), (n₂,), …, one behind the other, times ``units``, through buffers that stay in the processor's cache."""
-        scaled, coarse, whole = (buffer[: where.stop - where.start] for buffer in self._buffers)
-        at = 0
-        for value in values:
-            scaled[at : at + len(value)].copy_(value)
-            at += len(value)
-        torch.round(scaled.mul_(units), out=coarse)
-        self._sums[0, where] += whole.copy_(coarse)
-        self._sums[1, where] += whole.copy_(scaled.sub_(coarse).mul_(FINE).round_())
-
-    def _pieces(self, names: tuple[str, ...]) -> list[_Piece]:
-        """Neighbouring entries together, long ones in parts."""
-        if names not in self._cuts:
-            pieces: list[_Piece] = []
-            for name in names:
-                start, stop = self._at[name].start, self._at[name].stop
-                first = start
-                while first < stop:
-                    last = pieces[-1][0] if pieces else slice(0, 0)
-                    room = self._piece - (last.stop - last.start) if pieces and last.stop == first else 0
-                    end = min(stop, first + (room or self._piece))
-                    part = name, slice(first - start, end - start)
-                    if room:
-                        pieces[-1] = slice(last.start, end), [*pieces[-1][1], part]
-                    else:
-                        pieces.append((slice(first, end), [part]))
-                    first = end
-            self._cuts[names] = pieces
-        return self._cuts[names]
+    def _runs(self, plain: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
+        """Entries as vectors, ``(first of the sums, (n,))``: neighbours as one, without a copy where they are so in memory, too."""
+        runs: list[tuple[int, list[Tensor]]] = []
+        stop, size, end = -1, 0, -1
+        for name, value in plain.items():
+            where, count, at = self._at[name], value.numel(), value.data_ptr()
+            if not count:
+                continue
+            last = runs[-1][1] if runs else []
+            together = where.start == stop and last[-1].dtype == value.dtype
+            if together and at == end and value.is_contiguous() and _same_memory(last[-1], value):
+                last[-1] = last[-1].as_strided((len(last[-1]) + count,), (1,))
+            elif together and size + count <= PANEL:
+                last.append(value.reshape(-1))
+            else:
+                runs.append((where.start, [value.reshape(-1)]))
+                size = 0
+            stop, size, end = where.stop, size + count, at + count * value.element_size() if value.is_contiguous() else -1
+        joined = ((start, parts[0] if len(parts) == 1 else torch.cat(parts)) for start, parts in runs)
+        device = self._each.device
+        return [(start, (value if value.is_floating_point() else value.double()).to(device)) for start, value in joined]
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Add up over processes."""
-        self._sums = all_reduce(self._sums)
-        self._weights = all_reduce(self._weights)
+        """Add up over processes; ``all_reduce`` is called with 64-bit integers."""
+        self._sums.reduce(all_reduce)
+        if len(self._each):
+            self._each = all_reduce(self._each)
+        units = all_reduce(torch.tensor(list(self._units.values()), dtype=torch.int64, device=self._each.device))
+        self._units = dict(zip(self._units, units.tolist()))
 
     def collect(self, processes: Processes) -> None:
         """Add up over ``processes``."""
-        self.reduce(processes.all_reduce)
+        if processes.size > 1:
+            self.reduce(processes.all_reduce)
 
     def result(self) -> Means:
-        """name → mean, float64, of every entry somebody held; ``(mean, held)`` with a mask where only some elements were held."""
+        """name → mean, float64, of every entry somebody held; ``(mean, held)`` with a mask where only some elements were held.
+
+        The means are made of the sums in place: asked once, it is done.
+        """
+        totals = self._sums.totals()
+        if len(self._each):
+            return self._means_by_element(totals)
+        for units, names in groupby(self._at, key=self._units.__getitem__):  # neighbours mostly came from the same clients
+            for where in _joined([self._at[name] for name in names]) if units > 0 else ():
+                totals[where].div_(units / COARSE)
+        return {name: totals[self._at[name]].reshape(shape) for name, shape in self._shapes.items() if self._units[name] > 0}
+
+    def _means_by_element(self, totals: Tensor) -> Means:
         means: Means = {}
         for name, shape in self._shapes.items():
-            weights = self._weights[self._weight_at[name]].double() / COARSE
+            weights = (self._each[self._at[name]] + self._units[name]).double() / COARSE
             if not bool((weights > 0).any()):
                 continue
-            coarse, fine = self._sums[:, self._at[name]].double()
-            total = coarse / COARSE + fine / (COARSE * FINE)
-            mean = (total / weights.where(weights > 0, 1.0)).reshape(shape)
+            mean = (totals[self._at[name]] / weights.where(weights > 0, 1.0)).reshape(shape)
             means[name] = mean if bool((weights > 0).all()) else (mean, (weights > 0).reshape(shape))
         return means
+
+
+def weigh(sizes: Sequence[int], clients: Sequence[int]) -> dict[int, float]:
+    """Weights in proportion to numbers of samples, with few bits: whole numbers over a power of two that is no less than their sum.
+
+    Example:
+        >>> weigh([100, 50, 50], [7, 8, 9])
+        {7: 0.5, 8: 0.25, 9: 0.25}
+    """
+    unit = math.gcd(*sizes)
+    whole = 2 ** (sum(sizes) // unit - 1).bit_length() if unit else 1
+    return {client: size // unit / whole if unit else 0.0 for client, size in zip(clients, sizes, strict=True)}
 
 
 def check_update(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
@@ -175,12 +183,30 @@ def check_update(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
     Raises:
         Rejection: a name that is not in ``shapes``, another shape, an element's weight below 0, or what :func:`check_magnitude` refuses.
     """
+    check_belongs(update, shapes)
+    check_magnitudes(update)
+
+
+def check_belongs(update: Entries, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse entries that the round's sum has not.
+
+    Raises:
+        Rejection: a name that is not in ``shapes``, or another shape.
+    """
     for name, entry in update.items():
         value = entry[0] if isinstance(entry, tuple) else entry
         if name not in shapes:
             raise Rejection("names", f'entry "{name}" is not among the {len(shapes)} that train in this round')
         if value.shape != shapes[name]:
             raise Rejection("shape", f'entry "{name}" has shape {tuple(value.shape)}, expected {tuple(shapes[name])}')
+
+
+def check_magnitudes(update: Entries) -> None:
+    """Refuse values that cannot be added up.
+
+    Raises:
+        Rejection: an element's weight below 0, or what :func:`check_magnitude` refuses.
+    """
     if _all_below_bound(update.values()):
         return
     for name, entry in update.items():  # which of them?
@@ -217,6 +243,10 @@ def check_magnitude(what: str, value: Tensor) -> None:
     least, most = torch.stack(value.aminmax()).tolist()
     if not (least > -BOUND and most < BOUND):  # false for NaN too
         raise Rejection("not_finite", f"{what} is not finite or beyond {BOUND:.0f} (largest magnitude {max(abs(least), abs(most))})")
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _slices(sizes: list[int]) -> list[slice]:

@@ -209,11 +209,11 @@ class Run:
         self.on_server.begin(clock)
         if self.processes.size > 1:
             self.processes.from_first(self.chain.agree())
-        self._adopt(clock.period - 1)
+        self._adopt(clock.period - 1, self.chain.advances)
 
-    def _adopt(self, period: int) -> None:
-        """What plugins did to the server's model becomes the server's state."""
-        changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])]
+    def _adopt(self, period: int, touched: bool = True) -> None:
+        """What plugins did to the server's model, if they ``touched`` it, becomes the server's state."""
+        changed = [name for name, value in self.live.items() if not torch.equal(value, self.server[name])] if touched else []
         for name in changed:
             self.server[name].copy_(self.live[name].detach())
         self.ledger.changed(changed, period)
@@ -250,7 +250,7 @@ class Run:
             old = self.server[name]
             new = value  # of statistics and counts, which momentum would carry past what was measured (a variance below 0)
             if isinstance(self.live[name], nn.Parameter):
-                new = self.optimizer_of_server.step(name, old.double(), value)
+                new = self.optimizer_of_server.step(name, old, value)
             if name in held_by_some:
                 new = new.where(held_by_some[name], old.double())
             old.copy_(new if old.is_floating_point() else new.round())
@@ -258,7 +258,7 @@ class Run:
         self._load_server()
         own_turn = self._train_on_server(clock) if arrived else None
         self.chain.settle(self.module, clock)
-        self._adopt(clock.period)
+        self._adopt(clock.period, own_turn is not None or self.chain.settles)
         return own_turn
 
     def _train_on_server(self, clock: Clock) -> Turn | None:

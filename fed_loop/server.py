@@ -20,7 +20,7 @@ class Average:
         self.lr = lr
 
     def step(self, name: str, old: Tensor, mean: Tensor) -> Tensor:
-        """The new value of one entry, float64; ``old`` float64, ``mean`` float64, of one shape."""
+        """The new value of one entry, float64; ``old`` as the server has it, ``mean`` float64, of one shape."""
         return mean if self.lr == 1.0 else old + self.lr * (mean - old)
 
     def describe(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from featherlight.fed_loop.aggregate import COARSE, FINE, Aggregate, Entries, Mean, Means, check_update
+from featherlight.fed_loop.aggregate import Aggregate, Entries, Mean, Means, check_update, weigh
+from featherlight.fed_loop.exact_sums import COARSE
 from featherlight.plugins import Chain
 from featherlight.plugins.rejection import Rejection
 
@@ -57,9 +58,7 @@ class FixedMean(Mean):
 
     def result(self) -> Means:
         """name → float64, of every entry, whether or not somebody sent it."""
-        units = round(COARSE / self._over) * self._over / COARSE
-        coarse, fine = self._sums.double()
-        total = (coarse / COARSE + fine / (COARSE * FINE)) / units
+        total = self._sums.totals().div_(round(COARSE / self._over) * self._over / COARSE)
         return {name: total[self._at[name]].reshape(shape) for name, shape in self._shapes.items()}
 
 
@@ -72,8 +71,8 @@ class Weighing:
     """
 
     def __init__(self, settings: Federation, chain: Chain, sizes: Sequence[int], cohort: Sequence[int]) -> None:
-        self._settings, self._chain, self._sizes = settings, chain, sizes
-        self._total = sum(sizes[client] for client in cohort)
+        self._settings, self._chain = settings, chain
+        self._weights = weigh([sizes[client] for client in cohort], cohort)
         self._over = settings.cohort or len(sizes)
 
     def aggregate(self, like: Mapping[str, Tensor]) -> Aggregate:
@@ -84,7 +83,7 @@ class Weighing:
 
     def of(self, client: int) -> float:
         """A client's weight."""
-        return 1 / self._over if self._chain.counts_alike else self._sizes[client] / self._total
+        return 1 / self._over if self._chain.counts_alike else self._weights[client]
 
     def done(self, counted: int) -> None:
         """Tell plugins of a sum that is made alike."""

@@ -31,6 +31,14 @@ _DTYPES = {
 }
 
 
+_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+
+
+def in_wire_order(message: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order in which a message has them."""
+    return sorted(message, key=lambda name: (_RANKS.get(message[name].dtype, len(_RANKS)), name))
+
+
 def pack(message: Mapping[str, Tensor]) -> bytes:
     """Serialise named tensors (any shapes; dtypes as they are)."""
     return save({name: value.detach().contiguous() for name, value in message.items()})

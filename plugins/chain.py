@@ -46,6 +46,16 @@ class Chain(Plugin):
         return any(overrides(plugin, "after_backward") for plugin in self.plugins)
 
     @property
+    def advances(self) -> bool:
+        """Whether any plugin does something where a period begins, to weights, too, perhaps."""
+        return any(overrides(plugin, "advance") for plugin in self.plugins)
+
+    @property
+    def settles(self) -> bool:
+        """Whether any plugin does something to the server's model at a round's end."""
+        return any(overrides(plugin, "settle") for plugin in self.plugins)
+
+    @property
     def encodes_down(self) -> bool:
         """Whether any plugin changes what goes to a client."""
         return any(overrides(plugin, "encode_down") for plugin in self.plugins)

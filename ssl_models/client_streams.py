@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from featherlight.plugins.base import Visit
 from featherlight.ssl_models.batches import Batch, BatchLoader, Plan
+from featherlight.ssl_models.partitions import Parts
 
 
 class ClientStreams:
@@ -17,7 +16,7 @@ class ClientStreams:
     plan: Plan
 
     @property
-    def _clients(self) -> list[Tensor]:
+    def _clients(self) -> Parts:
         raise NotImplementedError(f"{type(self).__name__} must say which samples are each client's")
 
     @property
@@ -40,15 +39,15 @@ class ClientStreams:
 
     def client_sizes(self) -> list[int]:
         """Samples of each client's training part."""
-        return [len(part) for part in self._clients]
+        return list(self._clients.sizes)
 
     def steps_per_visit(self, client: int, epochs: int) -> int:
         """Batches that one visit to ``client`` takes."""
-        return epochs * self.plan.steps(len(self._clients[client]))
+        return epochs * self.plan.steps(self._clients.sizes[client])
 
     def batch_sizes(self, client: int, epochs: int) -> list[int]:
         """Samples of each batch of one visit to ``client``."""
-        return self.plan.sizes(len(self._clients[client])) * epochs
+        return self.plan.sizes(self._clients.sizes[client]) * epochs
 
     def client_batches(self, visits: Sequence[Visit], epochs: int) -> Iterator[tuple[int, Batch]]:
         """The batches of ``visits`` in the order given, each with the number of its visit, in one stream.

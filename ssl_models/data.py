@@ -20,7 +20,7 @@ from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.augment import Augmentation
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, EvaluationDataset, Plan, VisitSampler, as_is
 from featherlight.ssl_models.client_streams import ClientStreams
-from featherlight.ssl_models.partitions import IID, Natural, Partition
+from featherlight.ssl_models.partitions import IID, Natural, Partition, Parts
 from featherlight.ssl_models.pictures import Files, first_size, grey, moments
 from featherlight.ssl_models.sources import LOADERS, PUBLISHED, Loaded, Source, blank, folder, read
 from featherlight.ssl_models.views import Views
@@ -146,7 +146,7 @@ class ImageData(ClientStreams, LightningDataModule):
     def client_label_counts(self) -> Tensor:
         """Images of each client's training part by label, int64 (num_clients, num_classes)."""
         owner = torch.arange(self.num_clients).repeat_interleave(torch.tensor(self.client_sizes()))
-        labels = self._listed.labels[torch.cat(self._clients)]
+        labels = self._listed.labels[self._clients.flat]
         known = labels >= 0
         cells = owner[known] * self.num_classes + labels[known]
         return cells.bincount(minlength=self.num_clients * self.num_classes).view(self.num_clients, self.num_classes)
@@ -206,7 +206,7 @@ class ImageData(ClientStreams, LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         everything = [torch.arange(len(self._train.labels))]
-        _check_sizes(everything, self.plan)
+        _check_sizes([len(everything[0])], self.plan)
         trainer = self.trainer
         rank, processes = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         return self._batches(VisitSampler(everything, self.plan, self.seed, rank, processes))
@@ -309,7 +309,7 @@ class ImageData(ClientStreams, LightningDataModule):
         return Views(self.image_shape, self.views, self._loaded.mirrored, self.augmentation, self.second_view)
 
     @cached_property
-    def _divided(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _divided(self) -> tuple[Parts, Parts]:
         """For each client the images it trains on, and those it keeps for evaluation."""
         labels, owners = self._listed.labels, self._listed.owners
         count = self._num_clients
@@ -317,11 +317,13 @@ class ImageData(ClientStreams, LightningDataModule):
             _tell_of_empty(self._loaded.clients, set(owners))
             count = len(set(owners)) if count == 1 else count
         if count == 1:
-            parts = [torch.arange(len(labels))]
+            parts = Parts(torch.arange(len(labels)), [len(labels)])
         else:
             parts = self.partition(labels, count, self.seed, owners)
+        if not self.client_val_fraction:
+            _check_sizes(parts.sizes, self.plan)
+            return parts, Parts(torch.arange(0), [0] * len(parts))
         train, val = [], []
-        nothing = torch.arange(0)  # one for all, of whom there may be very many
         for client, part in enumerate(parts):
             held = round(self.client_val_fraction * len(part))
             if held:
@@ -329,17 +331,18 @@ class ImageData(ClientStreams, LightningDataModule):
                 val.append(part[order[:held]].sort().values)
                 part = part[order[held:]].sort().values
             else:
-                val.append(nothing)
+                val.append(part[:0])
             train.append(part)
-        _check_sizes(train, self.plan)
-        return train, val
+        divided = Parts.of(train), Parts.of(val)
+        _check_sizes(divided[0].sizes, self.plan)
+        return divided
 
     @property
-    def _clients(self) -> list[Tensor]:
+    def _clients(self) -> Parts:
         return self._divided[0]
 
     @property
-    def _client_val(self) -> list[Tensor]:
+    def _client_val(self) -> Parts:
         return self._divided[1]
 
     @cached_property
@@ -382,11 +385,12 @@ def _tell_of_empty(clients: Sequence[str], owners: set[str]) -> None:
         log.warning("%d of %d client folders have no training image and are left out: %s", len(empty), len(clients), named)
 
 
-def _check_sizes(clients: Sequence[Tensor], plan: Plan) -> None:
-    for client, part in enumerate(clients):
-        if plan.steps(len(part)) == 0:
+def _check_sizes(sizes: Sequence[int], plan: Plan) -> None:
+    useless = {size for size in set(sizes) if plan.steps(size) == 0}
+    for client, size in enumerate(sizes) if useless else ():
+        if size in useless:
             raise ValueError(
-                f"client {client} has {len(part)} training images; with batch_size={plan.batch_size} it needs at least "
+                f"client {client} has {size} training images; with batch_size={plan.batch_size} it needs at least "
                 f"{plan.at_least}: use fewer clients, a more even partition or more images"
             )
 

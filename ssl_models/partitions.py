@@ -7,10 +7,11 @@ cover every image, and they depend on nothing but labels, number of clients and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
 from functools import cache
 from io import StringIO
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,57 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 
+class Parts(Sequence[Tensor]):
+    """Each client's indices, all in one tensor: of very many clients, one tensor each would take more than the indices themselves.
+
+    Args:
+        flat: all indices, (N,), client by client.
+        sizes: how many are each client's.
+
+    Example:
+        >>> Parts(torch.tensor([4, 7, 1]), [2, 1])[0]
+        tensor([4, 7])
+    """
+
+    def __init__(self, flat: Tensor, sizes: Sequence[int]) -> None:
+        self.flat, self.sizes = flat, list(sizes)
+        self._starts = [0, *accumulate(self.sizes)]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Parts:
+        """Of a tensor for each client."""
+        if isinstance(parts, Parts):
+            return parts
+        return cls(torch.cat([torch.arange(0), *parts]), [len(part) for part in parts])
+
+    def in_order(self) -> Parts:
+        """The same, each client's indices in rising order."""
+        owner = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes, dtype=torch.int64))
+        order = self.flat.argsort(stable=True)
+        return Parts(self.flat[order[owner[order].argsort(stable=True)]], self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.flat.split(self.sizes))
+
+    def __getitem__(self, client: Any) -> Any:
+        """(n,); of a slice of clients a list."""
+        if isinstance(client, slice):
+            return [self[place] for place in range(len(self))[client]]
+        place = range(len(self))[client]
+        return self.flat[self._starts[place] : self._starts[place + 1]]
+
+
 class Partition:
     """A way to divide images over clients. Override :meth:`split`; callers use :meth:`__call__`, which checks the result."""
 
-    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> list[Tensor]:
+    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> Sequence[Tensor]:
         """The indices of each client's images; arguments as in :meth:`__call__`."""
         raise NotImplementedError
 
-    def __call__(self, labels: Tensor, num_clients: int, seed: int = 0, owners: Sequence[str] | None = None) -> list[Tensor]:
+    def __call__(self, labels: Tensor, num_clients: int, seed: int = 0, owners: Sequence[str] | None = None) -> Parts:
         """Divide images over clients.
 
         Args:
@@ -48,8 +92,8 @@ class Partition:
             raise ValueError(f"num_clients={num_clients}; there must be at least 1")
         if num_clients > len(labels):
             raise ValueError(f"num_clients={num_clients} but there are {len(labels)} training images; use fewer clients or more images")
-        parts = [part.sort().values for part in self.split(labels, num_clients, seed, owners)]
-        held = torch.cat(parts).sort().values
+        parts = Parts.of(self.split(labels, num_clients, seed, owners)).in_order()
+        held = parts.flat.sort().values
         if not torch.equal(held, torch.arange(len(labels))):
             raise ValueError(
                 f"{type(self).__name__} gave {len(held)} places, {len(held.unique())} of them different, to {len(labels)} "
@@ -61,11 +105,12 @@ class Partition:
 class IID(Partition):
     """Equally many images for every client (to within one), drawn from all of them."""
 
-    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> list[Tensor]:
+    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> Sequence[Tensor]:
         from flwr_datasets.partitioner import IidPartitioner
 
         order = torch.randperm(len(labels), generator=generator(seed, "partition", "iid"))
-        return [order[places] for places in _places(IidPartitioner(num_clients), labels, num_clients)]
+        places = _places(IidPartitioner(num_clients), labels, num_clients)
+        return Parts(order[places.flat], places.sizes)
 
 
 class Dirichlet(Partition):
@@ -83,7 +128,7 @@ class Dirichlet(Partition):
             raise ValueError(f"Dirichlet alpha={alpha}; it must be above 0")
         self.alpha, self.min_size, self.balance = alpha, min_size, balance
 
-    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> list[Tensor]:
+    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> Sequence[Tensor]:
         from flwr_datasets.partitioner import DirichletPartitioner
 
         partitioner = DirichletPartitioner(
@@ -120,7 +165,7 @@ class Shards(Partition):
             raise ValueError(f"Shards per_client={per_client}; it must be at least 1")
         self.per_client = per_client
 
-    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> list[Tensor]:
+    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> Sequence[Tensor]:
         from flwr_datasets.partitioner import ShardPartitioner
 
         count = num_clients * self.per_client
@@ -146,7 +191,7 @@ class Shards(Partition):
 class Natural(Partition):
     """Images as they came: a client for every owner (every folder, in image folders), by name."""
 
-    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> list[Tensor]:
+    def split(self, labels: Tensor, num_clients: int, seed: int, owners: Sequence[str] | None) -> Sequence[Tensor]:
         from flwr_datasets.partitioner import NaturalIdPartitioner
 
         if owners is None:
@@ -163,12 +208,13 @@ class Natural(Partition):
         return _places(NaturalIdPartitioner("label"), torch.tensor([numbers[name] for name in owners]), num_clients)
 
 
-def _places(partitioner: Partitioner, labels: Tensor, num_clients: int) -> list[Tensor]:
+def _places(partitioner: Partitioner, labels: Tensor, num_clients: int) -> Parts:
     """The rows of a table with a ``label`` column that ``partitioner`` gives to each client."""
     partitioner.dataset = _table().from_dict({"label": labels.numpy()})
     with redirect_stderr(StringIO()):  # the natural partitioner draws a progress bar that cannot be turned off
         partitioner.load_partition(0)
-    return [torch.as_tensor(partitioner.load_partition(client), dtype=torch.int64) for client in range(num_clients)]
+    rows: list[list[int]] = [partitioner.load_partition(client) for client in range(num_clients)]  # as our table has them
+    return Parts(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64), [len(own) for own in rows])
 
 
 @cache

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from featherlight.plugins.seeds import generator
 from featherlight.ssl_models.batches import Batch, BatchDataset, BatchLoader, Plan, VisitSampler, as_is
 from featherlight.ssl_models.client_streams import ClientStreams
-from featherlight.ssl_models.partitions import IID, Natural, Partition
+from featherlight.ssl_models.partitions import IID, Natural, Partition, Parts
 
 EVALUATION_BATCH = 64
 NOT_READ = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
@@ -147,7 +147,7 @@ class TextData(ClientStreams, LightningDataModule):
         return all_of_it.at(chosen.sort().values)
 
     @cached_property
-    def _divided(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _divided(self) -> tuple[Parts, Parts]:
         """For each client the sequences it trains on, and those it keeps for evaluation."""
         names, labels, count = self.sources, self._train.labels, self._num_clients
         owners = [names[label] for label in labels.tolist()] if isinstance(self.partition, Natural) else None
@@ -162,10 +162,10 @@ class TextData(ClientStreams, LightningDataModule):
             train.append(order[held:].sort().values)
             if not len(train[-1]):
                 raise ValueError(f"client {client} has no training sequence: use fewer clients, a more even partition or a smaller context")
-        return train, val
+        return Parts.of(train), Parts.of(val)
 
     @property
-    def _clients(self) -> list[Tensor]:
+    def _clients(self) -> Parts:
         return self._divided[0]
 
     @cached_property

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherlight.fed_loop.aggregate import BOUND, Mean
+from featherlight.fed_loop.aggregate import BOUND, Mean, weigh
+from featherlight.fed_loop.exact_sums import COARSE, ExactSums
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 ROWS = st.integers(1, 5).flatmap(
@@ -51,8 +52,11 @@ def test_any_order_and_any_split_give_the_same_bits(rows, random, parts):
     for update in updates:
         random.choice(piles).append(update)
     partial = [mean_of(pile, like) for pile in piles]
-    sums, weights = (sum(getattr(mean, name) for mean in partial) for name in ("_sums", "_weights"))
-    waiting = [sums, weights]
+    told = [[] for _ in partial]  # what each process has to say, in turn
+    for mean, own in zip(partial, told):
+        mean.reduce(lambda value, own=own: own.append(value) or value)
+    waiting = [sum(values) for values in zip(*told)]
+    partial[0] = mean_of(piles[0], like)
     partial[0].reduce(lambda _: waiting.pop(0))
     assert torch.equal(partial[0].result()["w"], whole)
 
@@ -88,8 +92,7 @@ def test_what_all_clients_agree_on_is_the_mean(clients):
     value = {"w": torch.tensor([0.1, -1234.5678, 3e-5])}
     mean = Mean(value)
     mean.add(value, 1 / clients)
-    mean._sums *= clients
-    mean._weights *= clients
+    mean.reduce(lambda value: value * clients)  # as many processes with a client each
     assert torch.equal(mean.result()["w"].float(), value["w"])
 
 
@@ -171,3 +174,52 @@ def test_what_is_refused_adds_nothing(update, message):
     result = mean.result()
     assert result["n"].item() == 2
     assert result["w"].tolist() == [1.0, 1.0]
+
+
+VALUES = st.floats(-1e6, 1e6, width=32).filter(lambda value: value == 0 or abs(value) > 2.0**-40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.lists(VALUES, min_size=3, max_size=3), st.integers(0, 2**26)), min_size=1, max_size=12))
+def test_sums_are_the_exact_ones_rounded_once(rows):
+    """Whichever form they went into: products of values above 2⁻⁴⁰ with weights in 2⁻³⁰ are multiples of 2⁻⁹³, and rounded to 2⁻⁷⁶."""
+    sums = ExactSums(3, torch.device("cpu"))
+    for values, units in rows:
+        assert sums.add(0, torch.tensor(values), units)
+    unit = Fraction(1, 2**76)
+    for place, total in enumerate(sums.totals().tolist()):
+        exact = sum(Fraction(values[place]) * units / 2**30 for values, units in rows)
+        assert abs(Fraction(total) - exact) <= len(rows) * unit / 2 + abs(exact) / 2**52
+
+
+@pytest.mark.parametrize("units", [2**26, 3 * 2**25, 107374183], ids=["a power of two", "few bits", "many bits"])
+def test_short_and_long_sums_are_one(units):
+    """Of a range of values that fit into one float64 each, the first half is made to go the long way, by a value that does not fit."""
+    values = (torch.rand(200, generator=torch.Generator().manual_seed(0)) + 1).float()
+    plain, mixed = (ExactSums(200, torch.device("cpu")) for _ in range(2))
+    for sums in (plain, mixed):
+        for turn in range(5):
+            if sums is mixed:
+                sums.add(0, torch.full((1,), 2.0**-50), 1)
+            assert sums.add(0, values * (turn + 1), units)
+            if sums is mixed:
+                sums.add(0, torch.full((1,), 2.0**-50), -1)
+    assert torch.equal(plain.totals(), mixed.totals())
+
+
+def test_what_is_refused_half_way_is_taken_back():
+    sums = ExactSums(2**17, torch.device("cpu"))
+    values = torch.ones(2**17)
+    assert sums.add(0, values, 2**29)
+    values[-1] = torch.nan
+    assert not sums.add(0, values, 2**29)
+    assert torch.equal(sums.totals(), torch.full((2**17,), 0.5, dtype=torch.float64))
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=50))
+def test_weights_are_in_proportion_and_exact(sizes):
+    weights = weigh(sizes, range(len(sizes)))
+    assert sum(map(Fraction, weights.values())) <= 1
+    for client, size in enumerate(sizes):
+        assert Fraction(weights[client]) * sizes[0] == Fraction(weights[0]) * size
+        assert (Fraction(weights[client]) * int(COARSE)).denominator == 1
