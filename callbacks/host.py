@@ -7,6 +7,7 @@ plugins of all into one chain, in list order, and drives it through training. Th
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,7 +71,6 @@ class PluginCallback(pl.Callback):
         self._chain: Chain | None = None  # the leader's, while attached
         self._reached: int | None = None  # the last epoch that was begun, in this process or in the one that is resumed
         self._clock: Clock | None = None  # of the step under way
-        self._checked = False
         self._undo: list[Callable[[], None]] = []
         self._brought = saved.Brought()
         self._draws = Draws()
@@ -80,7 +80,7 @@ class PluginCallback(pl.Callback):
         if leader(trainer) is not self:
             return
         if stage == "fit":
-            self._reached, self._checked = None, False
+            self._reached = None
             parallel.refuse_untested(trainer.strategy)
         chain = Chain(callback.plugin for callback in _members(trainer))
         common_seed(trainer)
@@ -126,6 +126,8 @@ class PluginCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._follow_steps(trainer)
         if trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs:  # a run resumed at its end begins nothing
+            if self._chain is not None:
+                self._chain.check(_epochs(trainer, self._chain), trainer.current_epoch)
             self._begin(trainer, pl_module)  # here, too: a run resumed within an epoch gets no on_train_epoch_start
         self._draws.run_starts(trainer)
 
@@ -136,10 +138,6 @@ class PluginCallback(pl.Callback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._chain is None:
             return
-        if not self._checked:
-            last = self._chain.last_stage()[1] + 1
-            self._chain.check(min(last, trainer.max_epochs) if trainer.max_epochs not in (None, -1) else last, trainer.current_epoch)
-            self._checked = True
         period, done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
         # an epoch that was begun before must not begin again: a stage's first step makes its weights
         step = max(1, done.processed) if self._reached == period else 0  # type: ignore[attr-defined]
@@ -238,6 +236,17 @@ def common_seed(trainer: pl.Trainer) -> int:
         named = ", ".join(map(str, sorted(given)))
         raise MisconfigurationException(f"the callbacks have the seeds {named}, but a run has one: give it to one of them")
     return given.pop() if given else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _epochs(trainer: pl.Trainer, chain: Chain) -> int:
+    """How many epochs training may take, as far as they differ."""
+    epochs = chain.last_stage()[1] + 1
+    if trainer.max_epochs not in (None, -1):
+        epochs = min(epochs, trainer.max_epochs)
+    if trainer.max_steps != -1 and math.isfinite(trainer.num_training_batches):
+        steps = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        epochs = min(epochs, math.ceil(trainer.max_steps / steps))
+    return max(epochs, trainer.current_epoch + 1)
 
 
 def _warn_of_untrained(chain: Chain, pl_module: pl.LightningModule, reached: int) -> None:

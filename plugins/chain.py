@@ -103,6 +103,7 @@ class Chain(Plugin):
                     f"{name} behind {later[0]}"
                 )
         self._check_noise()
+        self._model = model
         for number, plugin in enumerate(self.plugins):
             try:
                 plugin.attach(model)
@@ -142,19 +143,26 @@ class Chain(Plugin):
         return last, bisect_left(range(_FAR), last, key=self.stage)
 
     def check(self, periods: int, now: int = 0) -> None:
-        """Have plugins look at each stage of so many periods before they come, and leave the model in that of period ``now``.
+        """Have plugins look at each stage of so many periods before they come. The model is then in that of period ``now``, but for what
+        trains and which modules evaluate, which are as they were: the next :meth:`advance` tells of every change.
 
         Raises:
             ValueError: one of them cannot work on what trains then.
         """
         if not any(overrides(plugin, "check") for plugin in self.plugins):
             return
+        trains = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        modes = [(module, module.training) for module in self._model.modules()]
         for stage in range(self.stage(now), self.stage(periods - 1) + 1):
             begins = bisect_left(range(periods), stage, key=self.stage)
             self.advance(Clock(begins, 1))
             for plugin in self.plugins:
                 plugin.check(self.stage(begins))
         self.advance(Clock(now, 1))
+        for parameter, on in trains:
+            parameter.requires_grad_(on)
+        for module, on in modes:
+            module.training = on
 
     def visit(self, visit: Visit) -> None:
         for plugin in self.plugins:

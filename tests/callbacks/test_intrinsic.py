@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from featherlight import plugins
-from featherlight.callbacks import IntrinsicProjection, LayerFreezing
+from featherlight.callbacks import IntrinsicProjection, LayerFreezing, ProgressiveGrowth
 from featherlight.plugins.projections import PROJECTIONS
 from featherlight.plugins.seeds import derive
 
@@ -215,6 +215,7 @@ METHODS = {
     "static": lambda: [IntrinsicProjection(dim=20)],
     "time-varying": lambda: [IntrinsicProjection(dim=20, periods_per_span=2, projection="sparse_signs")],
     "layer-wise": lambda: [IntrinsicProjection(dim=20), LayerFreezing(blocks="encoder.blocks.*")],
+    "warm-up": lambda: [IntrinsicProjection(dim=20), ProgressiveGrowth(blocks="encoder.blocks.*", warmup_periods=1)],
 }
 
 
@@ -256,3 +257,20 @@ def test_more_dimensions_than_a_later_stage_trains(toy, loader, make_trainer):
     with pytest.raises(ValueError, match="dim=200: 167 parameters train in stage 2; give that many or fewer"):
         make_trainer(LayerFreezing(blocks="encoder.blocks.*"), IntrinsicProjection(dim=200), moves, max_epochs=3).fit(toy(), loader)
     assert not moves.seen
+
+
+def test_looking_ahead_leaves_no_trace(toy, loader, make_trainer):
+    """What trains in the first stage, and which modules evaluate; stages that come after the last step are nobody's concern."""
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen = [module.training for module in pl_module.modules()], [p.requires_grad for p in pl_module.parameters()]
+
+    found = []
+    for looking in ([], [IntrinsicProjection(dim=200)]):
+        modes, model = Modes(), toy()
+        model.encoder.eval()
+        growth = LayerFreezing(blocks="encoder.blocks.*", periods_per_stage=5)
+        make_trainer(growth, *looking, modes, max_epochs=-1, max_steps=2).fit(model, loader)
+        found.append(modes.seen)
+    assert found[0] == found[1]
