@@ -42,11 +42,32 @@ def test_resnet50_on_a_folder_of_pictures(run, tmp_path):
     assert "x less" in told
 
 
-def test_timm_vit(run):
-    way = "LayerFreezing + DepthDropout"
-    totals, _ = run("timm_vit", *SMALL, "--ways", way)
-    assert totals.keys() == {"as it is", way}
-    assert all(less(totals, way, figure) for figure in ("params_trained", "saved_bytes", "mean_saved_bytes", "flops_forward"))
+def in_every_way(totals, told, dim):
+    """The first epoch of a classifier's ways."""
+    assert totals.keys() == {"as it is", *WAYS, "PrismSampling", "RepresentationAlignment"}
+    for way in WAYS[:3]:
+        assert all(less(totals, way, figure) for figure in ("params_trained", "mean_saved_bytes", "flops_forward", "bytes_up")), way
+    assert less(totals, "DepthDropout", "flops_forward")
+    assert less(totals, "PrismSampling", "params_trained")
+    assert less(totals, "PrismSampling", "bytes_up")
+    projected, whole = totals["IntrinsicProjection"], totals["as it is"]
+    assert 4 * dim <= projected["bytes_up"] < whole["bytes_up"] / 20  # d numbers of float32, and what batch norm counts
+    aligned = totals["RepresentationAlignment"]
+    assert aligned["flops_forward"] > whole["flops_forward"]
+    assert aligned["bytes_up"] == whole["bytes_up"]
+    (line,) = (line for line in told.splitlines() if line.startswith("RepresentationAlignment"))
+    assert line.endswith("(the same)")
+    assert "x more" in line
+
+
+def test_timm_vit_in_every_way(run):
+    totals, told = run("timm_vit", *SMALL, "--epochs", 1)
+    in_every_way(totals, told, dim=16384)
+    assert totals["IntrinsicProjection"]["bytes_up"] == 4 * 16384
+
+
+def test_resnet50_in_every_way(run):
+    in_every_way(*run("resnet50", *SMALL, "--epochs", 1), dim=65536)
 
 
 def test_hugging_face_gpt2_in_every_way(run, tmp_path):
@@ -57,7 +78,12 @@ def test_hugging_face_gpt2_in_every_way(run, tmp_path):
     projected, whole = totals["IntrinsicProjection"], totals["as it is"]
     assert projected["flops_forward"] == whole["flops_forward"]
     assert projected["flops_backward"] > whole["flops_backward"]  # Fastfood's products count, too
-    assert all(line.count("x less") == 5 for line in told.splitlines() if line.startswith(("Layer", "Prog", "Depth", "Prism", "Intr")))
+    assert projected["bytes_up"] == 2 * 4 * 4096  # two epochs, float32
+    lines = {line.partition("  ")[0]: line for line in told.splitlines()}
+    assert lines["LayerFreezing"].count("x less") == 6
+    assert lines["IntrinsicProjection"].endswith("x less)")
+    assert "x more" in lines["IntrinsicProjection"]  # and no "0.7x less"
+    assert not [line for line in lines.values() if "(0." in line]
 
 
 def test_lightly_simclr(run):
