@@ -1,11 +1,15 @@
 """The examples run as they are started, in a small size, and what they print was saved."""
 
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -101,7 +105,43 @@ def test_lightly_byol(run):
     assert aligned["params_held"] > whole["params_held"]
 
 
+def shell(name, folder, *arguments, **environment):
+    """``bash examples/NAME.sh FOLDER ARGUMENTS``, by this Python."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(EXAMPLES / f"{name}.sh"), str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "PATH": path, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_command_line(tmp_path):
+    shell("command_line", tmp_path)
+    whole = yaml.safe_load((tmp_path / "whole.yaml").read_text())
+    (freezing,) = (one["init_args"] for one in whole["trainer"]["callbacks"] if one["class_path"].endswith("LayerFreezing"))
+    assert (freezing["periods_per_stage"], freezing["blocks"]) == (1, "backbone.blocks.*")  # the command line's, the first file's
+    assert whole["data"]["init_args"]["limit_train"] == 256  # the second file's
+    assert whole["data"]["init_args"]["dataset"] == "digits"
+    rows = json.loads((tmp_path / "runs" / "whole" / "cost.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == [1, 2]  # the second in the resumed run, which keeps the first
+
+
+def test_wandb_sweep(tmp_path):
+    pytest.importorskip("wandb", reason="W&B is not installed: pip install -e '.[wandb]'")
+    told = shell("wandb_sweep", tmp_path)
+    folders = sorted((tmp_path / "runs" / "sweep-example").iterdir())
+    configured = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    assert [one["plugins"][0]["init_args"]["blocks_per_stage"] for one in configured] == [1, 2]
+    scores = [json.loads((folder / "result.json").read_text())["metrics"]["knn"] for folder in folders]
+    assert all(0 < score <= 1 for score in scores)
+    assert len([*tmp_path.glob("wandb/offline-run-*/run-*.wandb")]) == 2
+    assert "wandb sync" in told
+
+
 def test_every_example_is_run_here():
     text = Path(__file__).read_text()
     for script in EXAMPLES.glob("*.py"):
         assert f'run("{script.stem}"' in text or script.stem == "shared"
+    for script in EXAMPLES.glob("*.sh"):
+        assert f'shell("{script.stem}"' in text
