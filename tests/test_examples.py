@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,20 @@ def test_wandb_sweep(tmp_path):
     assert all(0 < score <= 1 for score in scores)
     assert len([*tmp_path.glob("wandb/offline-run-*/run-*.wandb")]) == 2
     assert "wandb sync" in told
+
+
+@pytest.mark.skipif(
+    not os.environ.get("FEATHERLIGHT_SUPERLINK") or shutil.which("flwr") is None,
+    reason="needs Flower (pip install -e '.[flower]') and minutes, a process a message: FEATHERLIGHT_SUPERLINK=1 runs it",
+)
+def test_flower_app(tmp_path):
+    shell("flower_app", tmp_path)
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["rounds"] == 2
+
+
+def test_flower_app_is_written_as_the_script_says():
+    subprocess.run(["bash", "-n", str(EXAMPLES / "flower_app.sh")], check=True)
 
 
 def test_every_example_is_run_here():
