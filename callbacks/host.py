@@ -51,21 +51,8 @@ class PluginCallback(pl.Callback):
     """
 
     def __init__(self, plugin: Plugin, seed: int | None = None) -> None:
-        if overrides(plugin, "calibration"):
-            raise TypeError(
-                f"{type(plugin).__name__} trains on the server of a federation, and under a Trainer there is none: give it to "
-                "fed_loop.Federation, or leave it out"
-            )
-        if overrides(plugin, "encode") and not any(overrides(plugin, verb) for verb in _IN_TRAINING):
-            raise TypeError(
-                f"{type(plugin).__name__} changes what clients and server of a federation send each other, and under a Trainer nothing "
-                "travels: give it to fed_loop.Federation, or leave it out"
-            )
-        if overrides(plugin, "remember"):
-            raise TypeError(
-                f"{type(plugin).__name__} needs what a federation's clients remember from one of their turns to the next, which a Trainer "
-                "has not: give it to fed_loop.Federation, or leave it out"
-            )
+        if reason := refusal(type(plugin)):
+            raise TypeError(reason)
         self.plugin = plugin
         self.seed = seed
         self._chain: Chain | None = None  # the leader's, while attached
@@ -210,6 +197,26 @@ class PluginCallback(pl.Callback):
         self._reached = entry["epoch"]
         if trainer.state.fn != "fit" and self._reached is not None:  # a checkpoint is evaluated as far as it has grown
             self._chain.advance(Clock(self._reached, 1))
+
+
+def refusal(plugin: type[Plugin]) -> str | None:
+    """Why a Trainer has no use for plugins of this class; None where it has."""
+    if overrides(plugin, "calibration"):
+        return (
+            f"{plugin.__name__} trains on the server of a federation, and under a Trainer there is none: give it to "
+            "fed_loop.Federation, or leave it out"
+        )
+    if overrides(plugin, "encode") and not any(overrides(plugin, verb) for verb in _IN_TRAINING):
+        return (
+            f"{plugin.__name__} changes what clients and server of a federation send each other, and under a Trainer nothing "
+            "travels: give it to fed_loop.Federation, or leave it out"
+        )
+    if overrides(plugin, "remember"):
+        return (
+            f"{plugin.__name__} needs what a federation's clients remember from one of their turns to the next, which a Trainer "
+            "has not: give it to fed_loop.Federation, or leave it out"
+        )
+    return None
 
 
 def leader(trainer: pl.Trainer) -> PluginCallback | None:

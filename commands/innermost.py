@@ -8,7 +8,13 @@ KEY = re.compile(r'Parser key "([^"]+)":$')
 LAYERS = re.compile(
     r"(Does not validate against any of the Union subtypes$|Subtypes: |Errors:$|Given value|Problem with given class_path )"
 )
-ALTERNATIVES = (re.compile(r"Expected a <class 'NoneType'>"), re.compile(r"Expected a path but .* either not accessible or invalid"))
+ALTERNATIVES = (
+    re.compile(r"Expected a <class 'NoneType'>"),
+    re.compile(r"Expected a path but .* either not accessible or invalid"),
+    re.compile(r"Not a valid subclass of \w+"),
+    re.compile(r"Subclass types expect one of:$"),
+    re.compile(r"a class path \(str\)$|a dict with(out)? (class_path|parameters) "),
+)
 """What is said of the other things that an option might have been."""
 
 
@@ -55,7 +61,10 @@ def innermost(text: str, most: int = 240) -> str:
             value = value or line.removeprefix("Given value: ")
         elif line and not LAYERS.match(line) and not any(kind.match(line) for kind in ALTERNATIVES):
             said.append(line)
-    told = list(dict.fromkeys(map(_plain, said))) or ["is not valid"]
+    told = list(dict.fromkeys(map(_plain, said)))
+    if any("is not a class that is known here" in line for line in told):  # and then not what else it might have been
+        told = [line for line in told if not line.startswith("expected")]
+    told = told or ["is not valid"]
     message = ", or ".join(told)
     if all(line.startswith("expected") for line in told) and "got " not in message and value and len(value) < 60:
         message += f", got {value}"

@@ -25,6 +25,7 @@ from featherlight.callbacks.host import PluginCallback
 from featherlight.commands.folders import folder_for
 from featherlight.commands.guards import FiniteGuard
 from featherlight.commands.logging_ends import check_installed, ended, offline_without_key
+from featherlight.commands.near import to_blame, told
 from featherlight.commands.run_logs import draw_stages, log_end, takers
 from featherlight.commands.slots import HELP, spelled_out
 from featherlight.commands.tables import metrics_line
@@ -50,16 +51,23 @@ class CLI(LightningCLI):
     """Adds probes after training, a checkpoint at every epoch's end, and a CostMonitor where none is configured."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if hasattr(self, "_subcommand_parsers"):
-            words = [args[0], *spelled_out(self._subcommand_parsers[args[0]], args[1:])]  # its own parser, as chosen by the first word
-        else:
-            words = spelled_out(parser, args)
-        super().parse_arguments(parser, words)
+        chosen = [args[0]] if hasattr(self, "_subcommand_parsers") else []  # a parser of its own, as chosen by the first word
+        own_parser = self._subcommand_parsers[args[0]] if chosen else parser
+        try:
+            super().parse_arguments(parser, [*chosen, *spelled_out(own_parser, args[len(chosen) :])])
+        except ArgumentError as error:
+            raise ValueError(told(str(error), own_parser)) from error
         own = self.config.get(str(self.config.get("subcommand")), self.config)
         check_installed(own.get("trainer.logger"))
         path = own.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
             check_readable(Path(path))
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise ValueError(to_blame(error, self.config.get(str(self.config.get("subcommand")), self.config))) from error
 
     def after_validate(self) -> None:
         """Probe what was validated: models that learn without labels have no other figure."""
@@ -99,10 +107,11 @@ def run(command: str, arguments: list[str]) -> None:
     """Run ``featherlight fit|validate|test ARGUMENTS``."""
     resume = "--resume" in arguments
     arguments = [argument for argument in arguments if argument != "--resume"]
-    if "-h" in arguments or "--help" in arguments or "--print_config" in arguments:
+    if "-h" in arguments or "--help" in arguments:
         _make(command, arguments, run=True)
-        return
-    if command == "fit":
+    elif "--print_config" in arguments:
+        _make(command, arguments, run=command != "fit")  # as it is read again by the same command
+    elif command == "fit":
         _, metrics = fit(arguments, None, resume)
         if metrics:
             Console().print(metrics_line(metrics))
@@ -230,6 +239,7 @@ def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> 
     helping = command == "fit" and any(word in ("-h", "--help") for word in arguments)
     kind = Helping if helping else CLI if build else Unbuilt
 
+    named = {"exit_on_error": False, "allow_abbrev": False, "prog": f"featherlight {command}"}
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # we give it the command line's own, without our options
     try:
         return kind(
@@ -240,7 +250,7 @@ def _make(command: str, arguments: list[str], run: bool, build: bool = True) -> 
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": f"featherlight {command}"},
+            parser_kwargs=named | {command: named} if run else named,
             args=[command, *arguments] if run else arguments,
             run=run,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ import featherlight.ssl_models.language_model
 import featherlight.ssl_models.moco_v3
 import featherlight.ssl_models.simclr
 import featherlight.ssl_models.text  # noqa: F401  imported, so that configurations may name the classes without their modules
-from featherlight.commands.innermost import innermost
 from featherlight.commands.logging_ends import check_installed
+from featherlight.commands.near import to_blame, told
 from featherlight.commands.slots import HELP, spelled_out
 from featherlight.fed_loop import Federation
 from featherlight.plugins import Plugin
@@ -36,6 +34,7 @@ def federated_parser() -> ArgumentParser:
         description="Train a model over many clients. Everything below can stand in a YAML file and be overridden here. "
         + HELP.format(example="--plugins.LayerFreezing.blocks_per_stage 2 or --probes.KNN.k 5"),
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file; several are merged, the last wins")
     parser.add_subclass_arguments(LightningModule, "model", required=True, help="what is trained")
@@ -63,14 +62,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
-        raise ValueError(_with_near(str(error), parser)) from error
-
-
-def _with_near(text: str, parser: ArgumentParser) -> str:
-    """What was wrong, and where an option is unknown the one that is most like it."""
-    unknown = re.match(r"unrecognized arguments: (--[\w.]+)", text)
-    near = get_close_matches(unknown[1], [*parser._option_string_actions], 1) if unknown else []
-    return f"{text} (is it {near[0]}?)" if near else text
+        raise ValueError(told(str(error), parser)) from error
 
 
 def is_federated(path: str | Path) -> bool:
@@ -139,7 +131,8 @@ class Parts:
         try:
             return single.instantiate_classes(only)[name]
         except ValueError as error:
-            raise ValueError(f"{name}: {innermost(str(error))}") from error
+            said = to_blame(error, self._config, [name])
+            raise ValueError(said if said.startswith(name) else f"{name}: {said}") from error
 
 
 def _add_one(parser: ArgumentParser, name: str) -> None:

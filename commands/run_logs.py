@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 
-from featherlight.commands.run_pictures import label_counts, labels_figure, save, stages_figure, timeline_figure
+from featherlight.commands.run_pictures import label_counts, labels_figure, progress_figure, save, stages_figure, timeline_figure
 from featherlight.plugins import Plugin
 from featherlight.plugins.cost_table import FIELDS, CostTable
 
@@ -20,7 +20,7 @@ COLUMNS = ("stage", "rounds", *FIELDS)
 
 
 def draw_run(parts: Parts, federation: Federation, data: Any, result: Result) -> tuple[list[Path], list[str]]:
-    """Draw ``labels.png`` and ``timeline.png`` into the run's folder.
+    """Draw ``labels.png``, ``timeline.png`` and, where something was evaluated, ``progress.png`` into the run's folder.
 
     Returns:
         What was drawn, and a line for each picture, or part of one, that was not, with why.
@@ -42,6 +42,8 @@ def draw_run(parts: Parts, federation: Federation, data: Any, result: Result) ->
         untold.append(f"timeline.png shows what travels alone: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     if result.history:
         drawn.append(save(timeline_figure(told, result.history, result.cost), federation.folder / "timeline.png"))
+        if (progress := progress_figure(result.history, result.cost, result.metrics)) is not None:
+            drawn.append(save(progress, federation.folder / "progress.png"))
     return drawn, untold
 
 

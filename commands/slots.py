@@ -9,17 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from featherlight.commands.innermost import innermost
-
-LISTS = ("plugins", "probes", "loggers", "trainer.callbacks", "trainer.logger", "trainer.plugins")
-"""Options whose value is a list of classes with arguments; a command has some of them."""
+from featherlight.commands.near import LISTS, NEEDED, arguments_of, near, told
 
 OPTION = re.compile(r"--(?P<path>[a-z_][\w.]*)\.(?P<kind>[A-Z]\w*)(?:\.(?P<name>\w[\w.]*\+?))?$")
 SHOWN = 170
@@ -84,13 +79,38 @@ def spelled_out(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
     if not slots or any(word in ("-h", "--help") for word in asked):
         return rest
     plain = [word for word in rest if word not in asked]
-    configured = yaml.safe_load(parser.dump(parser.parse_args(plain), skip_none=False, skip_check=True))
+    plain, configured = _whole(parser, plain, slots)
     more = [word for path in dict.fromkeys(slot.path for slot in slots) for word in _items(configured, path, slots)]
     try:
         parser.parse_args([*plain, *more])
     except ArgumentError as error:
-        raise ValueError(_told(str(error), slots)) from error
+        raise ValueError(_told(str(error), parser, slots)) from error
     return [*plain, *more, *asked]
+
+
+def _whole(parser: ArgumentParser, arguments: list[str], slots: Sequence[Slot]) -> tuple[list[str], dict[str, Any]]:
+    """``arguments``, classes that they add having what they must have, where ``slots`` give it; and what is configured by them."""
+    while True:
+        try:
+            return arguments, yaml.safe_load(parser.dump(parser.parse_args(arguments), skip_none=False, skip_check=True))
+        except ArgumentError as error:
+            before, arguments = arguments, _with_needed(arguments, str(error), slots)
+            if arguments == before:
+                raise
+
+
+def _with_needed(arguments: list[str], text: str, slots: Sequence[Slot]) -> list[str]:
+    """``--LIST+=CLASS`` with the argument without which, as ``text`` says, there is no such class."""
+    if not (found := NEEDED.search(text)):
+        return arguments
+    class_path, needed = found[1], found[2].split(", ")
+    kind = class_path.rpartition(".")[2]
+    given = {slot.name: yaml.safe_load(slot.value) for slot in slots if slot.kind == kind and slot.name in needed}
+    added = re.compile(rf"(--[\w.]+\+=)([\w.]+\.)?{kind}$")
+    return [
+        f"{place[1]}{json.dumps({'class_path': class_path, 'init_args': given})}" if given and (place := added.match(word)) else word
+        for word in arguments
+    ]
 
 
 def _items(configured: dict[str, Any], path: str, slots: Sequence[Slot]) -> list[str]:
@@ -128,18 +148,10 @@ def _place(items: Sequence[dict[str, Any]], slot: Slot) -> int:
         there = f"it has {', '.join(kinds)}" if kinds else "it is empty"
         raise ValueError(f"{slot.option}: there is no {slot.kind} in {slot.path}; {there}. Add one with --{slot.path}+={slot.kind}")
     place = kinds.index(slot.kind)
-    names, name = _arguments(items[place]["class_path"]), slot.name.rstrip("+").partition(".")[0]
+    names, name = arguments_of(items[place]["class_path"]), slot.name.rstrip("+").partition(".")[0]
     if names and name not in names:
-        near = get_close_matches(name, names, 1)
-        raise ValueError(f"{slot.option}: {slot.kind} has no {name}{f' (is it {near[0]}?)' if near else ''}; it has {_shortened(names)}")
+        raise ValueError(f"{slot.option}: {slot.kind} has no {name}{near(name, names)}; it has {_shortened(names)}")
     return place
-
-
-def _arguments(class_path: str) -> list[str]:
-    """What jsonargparse knows that a class takes; nothing where it cannot say."""
-    module, _, name = class_path.rpartition(".")
-    parser = ArgumentParser(exit_on_error=False)
-    return [added.removeprefix("it.") for added in parser.add_class_arguments(getattr(import_module(module), name), "it")]
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -147,9 +159,9 @@ def _shortened(names: Sequence[str]) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN].rpartition(',')[0]}, …"
 
 
-def _told(text: str, slots: Sequence[Slot]) -> str:
+def _told(text: str, parser: ArgumentParser, slots: Sequence[Slot]) -> str:
     """What jsonargparse says, with the class named that it leaves out."""
-    message = innermost(text)
+    message = told(text, parser)
     for slot in slots:
         name = slot.name.rstrip("+")
         if message.startswith(f"{slot.path}.{name}") or (message.startswith(f"{slot.path}: ") and len(slots) == 1):

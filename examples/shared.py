@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from featherlight.callbacks import CostMonitor
+from featherlight.callbacks import CostMonitor, PluginCallback
+from featherlight.callbacks.host import common_seed
+from featherlight.plugins import Chain, Visit, find_targets, trained
 from featherlight.plugins.cost_table import readable
 
 Ways = dict[str, Callable[[], list[L.Callback]]]
@@ -64,11 +66,29 @@ def pictures(options: argparse.Namespace, transform: Callable[[Any], Any]) -> tu
     return DataLoader(Subset(data, used), options.batch_size, shuffle=True, drop_last=True), len(data.classes)
 
 
+class _Sent(L.Callback):
+    """What a federation's client would send after each epoch: the entries that trained, as the methods encode them."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._targets: tuple[str, ...] = ()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._targets = tuple(find_targets(pl_module))  # momentum copies are never sent
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        chain = Chain(callback.plugin for callback in trainer.callbacks if isinstance(callback, PluginCallback))
+        entries = {name: value.detach() for name, value in trained(pl_module, self._targets).items()}
+        message = chain.encode(entries, Visit(trainer.current_epoch, 0, common_seed(trainer)))
+        self.bytes += sum(value.numel() * value.element_size() for value in message.values())
+
+
 def compare(module: Callable[[], L.LightningModule], loader: DataLoader[Any], ways: Ways, options: argparse.Namespace) -> dict[str, Any]:
     """Train a new module in each way, and print what a step holds and what a run computes, and how many times less that is.
 
     Returns:
-        For each way its :class:`CostMonitor`'s total, and ``mean_saved_bytes``, over its stages.
+        For each way its :class:`CostMonitor`'s total, ``mean_saved_bytes``, over its stages, and as ``bytes_up`` what a federation's
+        client would have sent after each epoch, in all.
     """
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -77,30 +97,34 @@ def compare(module: Callable[[], L.LightningModule], loader: DataLoader[Any], wa
         if options.ways is not None and name not in ("as it is", *options.ways):
             continue
         L.seed_everything(0, verbose=False)
-        monitor = CostMonitor(show=False)
+        monitor, sent = CostMonitor(show=False), _Sent()
         quiet: dict[str, Any] = {
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        trainer = L.Trainer(max_epochs=options.epochs, accelerator=options.accelerator, callbacks=[*callbacks(), monitor], **quiet)
+        trainer = L.Trainer(max_epochs=options.epochs, accelerator=options.accelerator, callbacks=[*callbacks(), monitor, sent], **quiet)
         trainer.fit(module(), loader)
         stages = monitor.table.rows()
         mean = sum(row["rounds"] * row["saved_bytes"] for row in stages) / sum(row["rounds"] for row in stages)
-        totals[name] = {**monitor.table.total(), "mean_saved_bytes": mean}
+        totals[name] = {**monitor.table.total(), "mean_saved_bytes": mean, "bytes_up": sent.bytes}
     _show(totals)
     return totals
 
 
 def _show(totals: dict[str, Any]) -> None:
-    """Saved for backward: the mean over stages and the largest; the others are the run's largest, or its sum."""
+    """Saved for backward: the mean over stages and the largest; the others are the run's largest, or its sum.
+
+    Would send: what a client of a federation would, were an epoch its turn.
+    """
     columns = {
         "trained at once": lambda t: ("params_trained", t["params_trained"]),
         "saved, mean": lambda t: ("saved_bytes", t["mean_saved_bytes"]),
         "saved, most": lambda t: ("saved_bytes", t["saved_bytes"]),
         "peak": lambda t: ("peak_bytes", t["peak_bytes"]),
         "FLOPs": lambda t: ("flops_forward", t["flops_forward"] + t["flops_backward"]),
+        "would send": lambda t: ("bytes_up", t["bytes_up"]),
     }
     width = max(map(len, totals))
     print(" " * width, *(f"{heading:>20}" for heading in columns))
@@ -109,10 +133,16 @@ def _show(totals: dict[str, Any]) -> None:
         cells = []
         for column in columns.values():
             what, value = column(total)
-            cells.append(
-                f"{readable(what, value)} ({column(whole)[1] / max(value, 1):.1f}x less)" if total is not whole else readable(what, value)
-            )
+            cells.append(readable(what, value) + (f" ({_beside(value, column(whole)[1])})" if total is not whole else ""))
         print(f"{name:<{width}}", *(f"{cell:>20}" for cell in cells))
+
+
+def _beside(value: float, whole: float) -> str:
+    """``2.0x less`` of half as much."""
+    times = whole / max(value, 1)
+    if abs(times - 1) < 0.05:
+        return "the same"
+    return f"{times:.1f}x less" if times > 1 else f"{1 / times:.1f}x more"
 
 
 def tensor(image: Any, size: int) -> Tensor:

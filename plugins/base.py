@@ -304,6 +304,6 @@ IN_TURN = (
 """Verbs by which a method has a hand in a client's turn."""
 
 
-def overrides(plugin: Plugin, verb: str) -> bool:
-    """Whether ``plugin`` does something of its own at ``verb``."""
-    return getattr(type(plugin), verb) is not getattr(Plugin, verb)
+def overrides(plugin: Plugin | type[Plugin], verb: str) -> bool:
+    """Whether ``plugin``, or all of that class, do something of their own at ``verb``."""
+    return getattr(plugin if isinstance(plugin, type) else type(plugin), verb) is not getattr(Plugin, verb)

@@ -22,7 +22,7 @@ from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
-from featherlight import callbacks, cli, plugins
+from featherlight import callbacks, cli, fed_loop, plugins, ssl_models
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -183,6 +183,14 @@ def test_every_method_has_a_page_with_code_and_a_configuration():
         shown = [own for own in configured.values() if re.search(rf"```python\n(?:(?!```).)*\b{method}\(", own, re.DOTALL)]
         assert shown, f"{', '.join(configured)}: no Python with {method}"
         assert any("**Equation.**" in own for own in shown)
+
+
+@pytest.mark.parametrize("package", [plugins, callbacks, fed_loop, ssl_models], ids=lambda package: package.__name__)
+def test_the_reference_has_every_public_name(package):
+    page = (ROOT / "docs" / "api" / f"{package.__name__.rpartition('.')[2]}.md").read_text()
+    entries = [line for line in page.splitlines() if line.startswith((".. auto", ".. py:", "   :members:"))]
+    named = {word for line in entries for word in re.findall(r"\w+", line)}
+    assert not set(package.__all__) - named
 
 
 # -- what pages name ----------------------------------------------------------------------------------------------------

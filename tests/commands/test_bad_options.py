@@ -21,7 +21,7 @@ BOTH = [
     ("--data.init_args.augmentation.flip often", "data.augmentation.flip: expected a float, got often"),
     ("--data.init_args.partition Nope", "data.partition: Nope is not a class that is known here"),
     ("--model.init_args.backbone vgg99", 'backbone "vgg99" not found'),
-    ("--model.init_args.lrr 3", "model: Option 'lrr' is not accepted"),
+    ("--model.init_args.lrr 3", "model: Option 'lrr' is not accepted (is it lr?)"),
     ("--model.init_args.backbone_options 3", "model.backbone_options: expected a dict, got 3"),
     ("--model Foo", "model: Foo is not a class that is known here"),
 ]
@@ -35,6 +35,9 @@ FEDERATE = [
     ("--federation.rounds 0", "rounds=0: give 1 or more"),
     ("--plugins.init_args.periods_per_stage x", "plugins.periods_per_stage: expected an int, or expected a Sequence, got x"),
     ("--plugins+=Nonsense", "plugins: Nonsense is not a class that is known here"),
+    ("--plugins+=LayerFreezin", "plugins: LayerFreezin is not a class that is known here (is it LayerFreezing?)"),
+    ("--plugins+=CostMonitor", "plugins: CostMonitor is a callback, for trainer.callbacks of featherlight fit"),
+    ("--federation.round 3", "unrecognized arguments: --federation.round 3 (is it --federation.rounds?)"),
     ("--plugins LayerFreezing", "plugins: expected a list, got LayerFreezing"),
     ("--probes Foo", "probes: expected a list, got Foo"),
 ]
@@ -44,6 +47,10 @@ TRAINER = [
     ("--trainer.callbacks+=Nope", "trainer.callbacks: Nope is not a class that is known here"),
     ("--trainer.accelerator moon", "moon"),
     ("--trainer.speed 3", "--trainer.speed"),
+    ("--trainer.max_epoch=2", "unrecognized arguments: --trainer.max_epoch=2 (is it --trainer.max_epochs?)"),
+    ("--trainer.callbacks+=TopK", "trainer.callbacks: TopK changes what clients and server of a federation send each other"),
+    ("--trainer.callbacks+=Proximal", "--trainer.callbacks+=PluginCallback --trainer.callbacks.PluginCallback.plugin=Proximal"),
+    ("--trainer.logger=WandbLoger", "trainer.logger: WandbLoger is not a class that is known here (is it WandbLogger?)"),
 ]
 
 
@@ -77,6 +84,13 @@ def test_a_file_of_another_kind_or_none_is_told(config: Path, capsys: pytest.Cap
     assert "the file configures a federation: it is for featherlight federate" in told("fit", "", capsys)
     assert "the file configures a Trainer: it is for featherlight fit" in told("federate", "", capsys)
     assert "nowhere.yaml: there is no such file" in told("federate", "-c nowhere.yaml", capsys)
+
+
+def test_a_key_of_a_file_that_is_not_there_is_told_with_the_nearest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.rename("federate.yaml")
+    for text, near in (("federation: {round: 3}", "rounds"), ("federatio: {rounds: 3}", "federation.rounds")):
+        Path("more.yaml").write_text(text)
+        assert f"(is it {near}?)" in told("federate", "-c more.yaml", capsys)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,17 @@ from matplotlib.colors import to_rgb
 
 from featherlight.cli import main
 from featherlight.commands import picture
-from featherlight.commands.run_pictures import ABSENT, FROZEN, TRAINS, label_counts, labels_figure, mixed, stages_figure, timeline_figure
+from featherlight.commands.run_pictures import (
+    ABSENT,
+    FROZEN,
+    TRAINS,
+    label_counts,
+    labels_figure,
+    mixed,
+    progress_figure,
+    stages_figure,
+    timeline_figure,
+)
 from featherlight.fed_loop import Federation
 from featherlight.fed_loop.timeline import MOST_ROUNDS, Timeline, timeline
 from featherlight.plugins import DepthDropout, LayerFreezing, PartitionedTraining, Plugin, PrismSampling, ProgressiveGrowth
@@ -88,10 +98,10 @@ def test_a_timeline_is_drawn_as_told() -> None:
     told = Timeline([0, 1], ["stem", "block"], [[1.0, 0.0], [0.0, 0.25]], [[0.0, 1.0], [0.0, 0.25]])
     cost = CostTable()
     for round in (0, 1):
-        cost.add(round, round, TurnCost(peak_bytes=(round + 1) * 2**20))
+        cost.add(round, round, TurnCost(peak_bytes=(round + 1) * 2**20, flops_forward=1e9, flops_backward=round * 1e9))
     row = {"clients": 1, "rejected": 1, "bytes_up": 2**20}
     history = [{**row, "round": round, "stage": round + 1, "bytes_down": (round + 1) * 2**21} for round in (0, 1)]
-    parts, traffic, memory = timeline_figure(told, history, cost).axes
+    parts, traffic, memory, compute = timeline_figure(told, history, cost).axes
     (image,) = parts.get_images()
     quarter = [0.25 * one + 0.25 * other + 0.5 * none for one, other, none in zip(TRAINS, FROZEN, ABSENT)]
     np.testing.assert_allclose(image.get_array(), [[TRAINS, FROZEN], [ABSENT, quarter]], atol=1e-6)
@@ -104,7 +114,30 @@ def test_a_timeline_is_drawn_as_told() -> None:
     assert [*sent.values] == [1.5, 2.5]  # on top of it
     assert [*received.edges] == [-0.5, 0.5, 1.5]
     assert [*memory.patches[0].get_data().values] == [1, 2]
-    assert len(timeline_figure(None, history, cost).axes) == 2
+    assert [*compute.patches[1].get_data().values] == [1, 2]  # backward on top of forward
+    assert len(timeline_figure(None, history, cost).axes) == 3
+
+
+def test_accuracy_is_drawn_against_what_was_paid_by_then() -> None:
+    """Two rounds of one stage and one of the next; the first is not evaluated."""
+    cost = CostTable()
+    for round, stage in enumerate((0, 0, 1)):
+        own = {"bytes_down": 2**20, "bytes_up": (stage + 1) * 2**20, "flops_forward": 1e9, "flops_backward": stage * 1e9}
+        cost.add(stage, round, TurnCost(peak_bytes=(2 - stage) * 2**20, **own))
+    history = [{"round": 0, "stage": 1}, {"round": 1, "stage": 1, "knn": 0.5, "loss": 3}, {"round": 2, "stage": 2, "knn": 0.75, "loss": 2}]
+    figure = progress_figure(history, cost, {"knn": 0.75, "loss": 2.0})
+    assert figure is not None
+    drawn = [[*zip(*panel.lines[0].get_data())] for panel in figure.axes]
+    assert drawn[:3] == [
+        [(4, 50), (7, 75)],
+        [(2, 50), (2, 75)],
+        [(2, 50), (4, 75)],
+    ]  # MiB, peak MiB, GFLOPs; the peak is the largest so far
+    assert drawn[3] == [(4, 3), (7, 2)]
+    assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["knn accuracy (%)", "loss"]
+    assert drawn[0][-1][0] * 2**20 == cost.total()["bytes_down"] + cost.total()["bytes_up"]
+    assert len(progress_figure(history[2:], cost, {"knn": 0.75}).axes[0].lines[0].get_xdata()) == 1  # type: ignore[union-attr]
+    assert progress_figure(history, cost, {}) is None
 
 
 @pytest.mark.parametrize("clients", [10, 1000])
@@ -188,6 +221,12 @@ def test_a_run_has_its_pictures_and_says_what_it_could_not_draw(config: Path, ca
     assert {path.name for path in Path("unlabelled").glob("*.png")} == {"timeline.png"}
     assert "labels.png is not drawn: the data have no labels" in capsys.readouterr().err
     assert json.loads(Path("unlabelled/result.json").read_text())["rounds"] == 1
+
+
+def test_a_run_that_is_evaluated_draws_accuracy_against_cost(config: Path) -> None:
+    main(["federate", "-c", str(config), "--federation.folder=judged", "--federation.rounds=2", "--federation.evaluate_every=1"])
+    assert {path.name for path in Path("judged").glob("*.png")} == {"labels.png", "timeline.png", "progress.png"}
+    assert all("knn" in json.loads(line) for line in Path("judged/metrics.jsonl").read_text().splitlines())
 
 
 def test_fit_draws_its_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

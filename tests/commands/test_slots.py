@@ -155,6 +155,7 @@ WRONG = [
     (["--model.SimCLR.lr=5"], "model is no list of classes here"),
     (["--plugins+=LayerFreezing", "--plugins.LayerFreezing.grow=false"], "LayerFreezing stands 2 times in plugins"),
     (["--federation.rounds=many", "--probes.KNN.k=5"], "federation.rounds: expected an int, got many"),
+    (["--plugins.LayerFreezing.periods_per_stage=0"], "plugins.LayerFreezing.periods_per_stage=0: give a count of at least 1, or a list"),
 ]
 
 
@@ -172,6 +173,23 @@ def test_what_is_wrong_for_a_trainer(capsys: pytest.CaptureFixture[str]) -> None
     assert told.startswith("--trainer.callbacks.DepthDropout.rate: expected a float")
     told = refused(capsys, "fit", "-c", "fit.yaml", "--plugins.LayerFreezing.rate=1")
     assert "plugins is no list of classes here; lists: probes, trainer.callbacks, trainer.logger" in told
+
+
+@pytest.mark.usefixtures("files")
+def test_what_a_callback_refuses_is_told_behind_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, "fit", "-c", "fit.yaml", "--trainer.callbacks.LayerFreezing.periods_per_stage=0")
+    assert told == "trainer.callbacks.LayerFreezing.periods_per_stage=0: give a count of at least 1, or a list of such counts"
+    told = refused(capsys, "fit", "-c", "fit.yaml", "--trainer.callbacks+=PluginCallback", "--trainer.max_epochs=1")
+    assert told == "trainer.callbacks: PluginCallback needs plugin; give it with --trainer.callbacks.PluginCallback.plugin=VALUE"
+
+
+@pytest.mark.usefixtures("files")
+def test_what_an_added_class_must_have_comes_with_its_options() -> None:
+    from featherlight.commands.lightning_run import _make
+
+    options = ["--trainer.callbacks+=PluginCallback", "--trainer.callbacks.PluginCallback.plugin=Proximal"]
+    cli = _make("fit", ["-c", "fit.yaml", *options, "--trainer.callbacks.PluginCallback.plugin.mu=0.3"], run=False)
+    assert cli.trainer.callbacks[3].plugin.mu == 0.3
 
 
 def test_help_teaches_them(capsys: pytest.CaptureFixture[str]) -> None:

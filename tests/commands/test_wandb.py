@@ -92,7 +92,7 @@ def test_federated_rounds_and_their_configuration_and_each_run_its_own(config: P
         cost = json.loads(Path(folder, "cost.json").read_text())
         assert table(path, end["cost_table"]) == [{name: row[name] for name in COLUMNS} for row in cost["rows"]]
         assert end["cost_total/bytes_up"] == cost["total"]["bytes_up"]
-        for name in ("labels", "timeline"):
+        for name in ("labels", "timeline", "progress"):
             (picture,) = end[name]["filenames"]
             assert (path.parent / "files" / picture).read_bytes() == Path(folder, f"{name}.png").read_bytes()
 
