@@ -137,9 +137,9 @@ def turn(plugin: IntrinsicProjection, model: nn.Module, update: dict[str, Tensor
     plugin.decode_down({}, visits[0])
 
 
-def buffers(model: nn.Module, kind: str, subspaces: int = 1) -> float:
+def buffers(model: nn.Module, kind: str, subspaces: int = 1, periods_per_span: int | None = None) -> float:
     """Largest memory at once of two rounds of encoding and decoding, beyond the parameters and the update, in vectors of D float32."""
-    plugin, update = life(model, kind, subspaces)
+    plugin, update = life(model, kind, subspaces, periods_per_span)
     held = sum(value.untyped_storage().nbytes() for value in (*model.parameters(), *model.buffers(), *update.values()))
     with StepMeter(model, batch=update) as meter:
         for round in range(2):
@@ -206,6 +206,7 @@ def main() -> None:
         "A anew each round, seconds",
         "of the round",
         "peak memory, ResNet-18",
+        "the same, A anew",
         "the same, K = 8",
         "peak memory, GPT-2's D",
     ):
@@ -219,7 +220,8 @@ def main() -> None:
             took.append(median_seconds(lambda: turn(plugin, model, update, next(rounds)), arguments.runs))  # noqa: B023
         share.add_row(
             kind, *(cell for coding in took for cell in (f"{coding:.3f}", f"{coding / (STEPS * seconds + coding):.2%}")),
-            f"{buffers(model, kind):.2f}", f"{buffers(model, kind, 8):.2f}", "" if arguments.quick else f"{buffers(Flat(GPT2), kind):.2f}",
+            f"{buffers(model, kind):.2f}", f"{buffers(model, kind, 1, 1):.2f}", f"{buffers(model, kind, 8):.2f}",
+            "" if arguments.quick else f"{buffers(Flat(GPT2), kind):.2f}",
         )  # fmt: skip
     console.print(share)
 
