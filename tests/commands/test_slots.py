@@ -187,7 +187,7 @@ def test_what_a_callback_refuses_is_told_behind_its_option(capsys: pytest.Captur
 def test_what_an_added_class_must_have_comes_with_its_options() -> None:
     from featherlight.commands.lightning_run import _make
 
-    options = ["--trainer.callbacks+=PluginCallback", "--trainer.callbacks.PluginCallback.plugin=Proximal"]
+    options = ["--trainer.callbacks+=PluginCallback", "--trainer.callbacks.PluginCallback.plugin=featherlight.plugins.Proximal"]
     cli = _make("fit", ["-c", "fit.yaml", *options, "--trainer.callbacks.PluginCallback.plugin.mu=0.3"], run=False)
     assert cli.trainer.callbacks[3].plugin.mu == 0.3
 

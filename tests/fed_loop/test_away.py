@@ -10,6 +10,7 @@ from featherlight.fed_loop.away import Belongings
 from featherlight.plugins import (
     MOON,
     Chain,
+    ClientPrivacy,
     DepthDropout,
     FedEMA,
     FetchSGD,
@@ -65,6 +66,7 @@ WAYS = {
     "sketches, growing": lambda: [ProgressiveGrowth("blocks.*", periods_per_stage=2), FetchSGD(40, 3, 10), Quantization()],
     "held near": lambda: [Proximal(0.1), RepresentationAlignment(through=["stem", "blocks"])],
     "clipped": lambda: [NormClipping(0.1), Quantization()],
+    "private": lambda: [ClientPrivacy(0.5, 0.1, delta=1e-3, shares=4, statistics="stay")],
     "its last model": lambda: [MOON(through=["stem", "blocks"]), FedEMA()],
 }
 

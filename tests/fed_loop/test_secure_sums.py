@@ -5,6 +5,8 @@ of all of them masks cancel. (How two clients come to a secret of their own, and
 Bonawitz et al., 2017.)
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def mask(pair, shape):
 
 
 class Masked:
-    """In place of sums: every client's own, masked; the server has but their total.
+    """In place of sums: every client's own, as whole numbers, masked; the server has but their total.
 
     Args:
         clients: how many there are.
@@ -64,20 +66,30 @@ class Masked:
 
     clients = len(SIZES)
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.number, self.blank, self.total = 0, copy.deepcopy(self), []
+
     def add(self, update, weight=0.0):
-        before = [self._sums.clone(), self._weights.clone()]
-        super().add(update, weight)
-        own = [self._sums - before[0], self._weights - before[1]]
-        number = self.__dict__.setdefault("number", 0)
-        self.number += 1
+        client, own = copy.deepcopy(self.blank), []
+        super(Masked, client).add(update, weight)
+        super(Masked, client).reduce(lambda numbers: own.append(numbers) or numbers)
         masked = []
         for part, value in enumerate(own):
             for other in range(self.clients):
-                if other != number:
-                    value = value + (1 if number < other else -1) * mask((part, min(number, other), max(number, other)), value.shape)
+                if other != self.number:
+                    pair = (part, min(self.number, other), max(self.number, other))
+                    value = value + (1 if self.number < other else -1) * mask(pair, value.shape)
             masked.append(value)
+        assert {value.dtype for value in masked} == {torch.int64}
         assert not any(torch.equal(value, plain) for value, plain in zip(masked, own) if value.numel())
-        self._sums, self._weights = (had + value for had, value in zip(before, masked))
+        self.total = [had + value for had, value in zip(self.total, masked)] or masked
+        self.number += 1
+
+    def result(self):
+        parts = iter(self.total)
+        super().reduce(lambda _: next(parts))
+        return super().result()
 
 
 class MaskedMean(Masked, Mean):
@@ -106,7 +118,7 @@ def test_a_masked_message_looks_like_nothing():
     """Of one client's numbers, all zeros: every bit is set in half of them, and no two are alike."""
     mean = MaskedMean({"w": torch.zeros(4000)})
     mean.add({"w": torch.zeros(4000)}, 0.25)
-    seen = mean._sums[0]
+    seen = mean.total[0][0]
     bits = torch.stack([(seen >> bit) & 1 for bit in range(64)]).double().mean(1)
     assert bool(((bits - 0.5).abs() < 5 * 0.5 / 4000**0.5).all())
     assert len(seen.unique()) == 4000
@@ -117,7 +129,7 @@ def test_where_one_is_missing_nothing_can_be_read():
     mean = MaskedMean({"w": torch.zeros(1000)})
     for _ in range(3):
         mean.add({"w": torch.ones(1000)}, 0.25)
-    assert float((mean._sums[0].double() / 2**30).abs().median()) > 2**20
+    assert float((mean.total[0][0].double() / 2**30).abs().median()) > 2**20
 
 
 def test_networks_without_statistics_too(federation, net, points, same, monkeypatch):
