@@ -18,7 +18,7 @@ from featherlight.plugins.seeds import derive
 from featherlight.plugins.subspaces import PREFIX, Maps, Past, Span, check_gain, gain_of, heard, step_bytes, told
 from featherlight.plugins.subspaces import nbytes as _bytes
 from featherlight.plugins.targets import find_targets
-from featherlight.plugins.trainable import check_stage, refuse_more, trainable
+from featherlight.plugins.trainable import check_stage, magnitude, refuse_more, trainable
 
 
 class IntrinsicProjection(Plugin):
@@ -293,7 +293,7 @@ class IntrinsicProjection(Plugin):
         changes = self._split(moved.copy_(span.position))
         for name, change in changes.items():
             before = self._model.get_parameter(name).detach()
-            self._largest[name] = float(torch.linalg.vector_norm(before, torch.inf)) if before.numel() else 0.0
+            self._largest[name] = magnitude(before)
             change -= before
         return {**total, **changes}
 
@@ -307,7 +307,7 @@ class IntrinsicProjection(Plugin):
                 now = self._model.get_parameter(name)
                 if not now.numel():
                     continue
-                largest = max(float(torch.linalg.vector_norm(value, torch.inf)), self._largest.get(name, 0.0))
+                largest = max(magnitude(value), self._largest.get(name, 0.0))
                 rounding = 4 * torch.finfo(now.dtype).eps * largest
                 if not float((value - now).abs_().max()) <= rounding:
                     raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")

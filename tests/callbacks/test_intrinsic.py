@@ -215,19 +215,19 @@ METHODS = {
     "static": lambda: [IntrinsicProjection(dim=20)],
     "time-varying": lambda: [IntrinsicProjection(dim=20, periods_per_span=2, projection="sparse_signs")],
     "layer-wise": lambda: [IntrinsicProjection(dim=20), LayerFreezing(blocks="encoder.blocks.*")],
-    "warm-up": lambda: [IntrinsicProjection(dim=20), ProgressiveGrowth(blocks="encoder.blocks.*", warmup_periods=1)],
+    "warm-up": lambda: [IntrinsicProjection(dim=20), ProgressiveGrowth(blocks="encoder.blocks.*", periods_per_stage=2, warmup_periods=1)],
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_is_uninterrupted(method, toy, loader, make_trainer, same_state, tmp_path, positioned):
     """After every batch and at every epoch's end; which subspace comes next depends on how many there were."""
-    saving, whole = SaveAlways(tmp_path), toy()
-    make_trainer(*METHODS[method](), saving).fit(whole, positioned())
-    assert len(saving.paths) == 12
+    saving, whole, epochs = SaveAlways(tmp_path), toy(), 4 if method == "warm-up" else 3
+    make_trainer(*METHODS[method](), saving, max_epochs=epochs).fit(whole, positioned())
+    assert len(saving.paths) == 4 * epochs
     for path in saving.paths[1:-1:2]:
         resumed = toy()
-        make_trainer(*METHODS[method]()).fit(resumed, positioned(), ckpt_path=path)
+        make_trainer(*METHODS[method](), max_epochs=epochs).fit(resumed, positioned(), ckpt_path=path)
         same_state(resumed.state_dict(), whole.state_dict())
 
 
@@ -260,17 +260,29 @@ def test_more_dimensions_than_a_later_stage_trains(toy, loader, make_trainer):
 
 
 def test_looking_ahead_leaves_no_trace(toy, loader, make_trainer):
-    """What trains in the first stage, and which modules evaluate; stages that come after the last step are nobody's concern."""
+    """What trains in the first stage, and which modules evaluate."""
 
     class Modes(pl.Callback):
+        seen = None
+
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.seen = [module.training for module in pl_module.modules()], [p.requires_grad for p in pl_module.parameters()]
+            own = [module.training for module in pl_module.modules()], [p.requires_grad for p in pl_module.parameters()]
+            self.seen = self.seen or own
 
     found = []
-    for looking in ([], [IntrinsicProjection(dim=200)]):
+    for looking in ([], [IntrinsicProjection(dim=20)]):
         modes, model = Modes(), toy()
-        model.encoder.eval()
-        growth = LayerFreezing(blocks="encoder.blocks.*", periods_per_stage=5)
-        make_trainer(growth, *looking, modes, max_epochs=-1, max_steps=2).fit(model, loader)
+        for block in model.encoder.blocks:  # their owner's wish, in blocks that train
+            for inner in block.children():
+                inner.eval()
+        make_trainer(LayerFreezing(blocks="encoder.blocks.*"), *looking, modes).fit(model, loader)
         found.append(modes.seen)
     assert found[0] == found[1]
+    assert len(set(found[0][0])) == 2
+
+
+def test_stages_behind_the_last_step_are_nobodys_concern(toy, loader, make_trainer):
+    moves = Moves()
+    freezing = LayerFreezing(blocks="encoder.blocks.*", periods_per_stage=5)
+    make_trainer(freezing, IntrinsicProjection(dim=200), moves, max_epochs=-1, max_steps=2).fit(toy(), loader)
+    assert len(moves.seen) == 2
