@@ -12,7 +12,7 @@ Ours has all on that a run has: costs counted as they are (first steps metered, 
 a line a round in metrics.jsonl and to a logger; checkpoints have a row of their own. "whole run" counts everything from the call of
 ``run`` on, the model's set-up and the metered steps among it; "later rounds" is a visit's median in rounds 2 and on.
 
-What cannot go away (the floor), for D parameters: an update is serialised (D float32 read, D written) and read where it lies; magnitudes
+What cannot go away (the floor), for D parameters: an update is serialised (D float32 read, D written) and read; magnitudes
 are looked at as it is added (D read); exact sums of float64 are read and written (16 D bytes). Some 28 D bytes of memory's traffic a
 visit, of which the bare loop's sum has 12 D. Where weights have many bits sums have two parts, and 16 D bytes more.
 """
