@@ -83,7 +83,7 @@ class Weighing:
 
     def of(self, client: int) -> float:
         """A client's weight."""
-        return 1 / self._over if self._chain.counts_alike else self._weights[client]
+        return 1 / self._over if self._chain.counts_alike else self._weights.get(client, 0.0)
 
     def done(self, counted: int) -> None:
         """Tell plugins of a sum that is made alike."""
