@@ -80,9 +80,9 @@ class LocalStep:
                 loss = loss + extra
         if meter is not None:
             meter.forward_is_done()
-        raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        _forget_gradients(raw)
+        optimizer.zero_grad()
         self._backward(loss)
+        raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
         if self._clip is not None or self._chain.sees_gradients or has_own_decay(raw):
             self._precision.unscale_gradients(raw)  # whoever looks at gradients wants them without a loss scaler's factor
         self._chain.after_backward(clock)
@@ -102,13 +102,3 @@ class LocalStep:
         with StepMeter(module, [optimizer], batch, self._chain.copies()) as meter:
             loss = self(module, optimizer, batch, clock, meter)
         return loss, meter.cost
-
-
-def _forget_gradients(optimizer: Optimizer) -> None:
-    """As ``zero_grad`` of torch's optimizers, which take longer over noting that they do so, or the optimizer's own."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:
-        optimizer.zero_grad()
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
