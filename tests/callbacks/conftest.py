@@ -7,6 +7,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from group_normed import GroupNormed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,3 +172,8 @@ def same_state():
         assert not different, different
 
     return same
+
+
+@pytest.fixture
+def grouped(toy):
+    return lambda **arguments: toy(encoder=GroupNormed, **arguments)
