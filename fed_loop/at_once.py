@@ -30,7 +30,7 @@ def check_at_once(size: int, trainee: Trainee, precision: Precision) -> None:
         ValueError: says why, and what to do.
     """
     target = next(iter(trainee.targets), None)
-    why = trainee.chain.why_alone() or why_not(trainee.module, trainee.raw_optimizer, precision)
+    why = trainee.chain.why_alone() or why_not(trainee.module, trainee.optimizer, precision)
     if target is not None:
         why = f'"{target}" follows each client\'s own weights'
     if why:
@@ -110,7 +110,7 @@ class ClientsAtOnce:
         if self._lanes is None or self._lanes.size < count or self._lanes.values.keys() != plan.sent.keys():
             own = self._clients.trainees.own
             self._lanes = None  # its memory goes first
-            self._lanes = Lanes(own.module, own.raw_optimizer, plan, count, self._taking.fabric.strategy.precision, self._clip)
+            self._lanes = Lanes(own.module, own.optimizer, plan, count, self._taking.fabric.strategy.precision, self._clip)
         return self._lanes
 
     def _load(self, lanes: Lanes, plan: Plan, values: Sequence[Mapping[str, Tensor]], visits: Sequence[Visit]) -> None:

@@ -39,6 +39,11 @@ def refusal_told(module: nn.Module, client: int, samples: int) -> Iterator[None]
         ) from error
 
 
+def take_step(optimizer: Optimizer) -> None:
+    """An optimizer's step, without a loss scaler."""
+    optimizer.step()
+
+
 class LocalStep:
     """Forward, backward, update. The model and its optimizer are arguments of the step, not of this object: they may differ by client.
 
@@ -47,6 +52,7 @@ class LocalStep:
         precision: what the forward pass is computed in.
         backward: fills gradients from a loss; the place for a loss scaler.
         clip: largest norm of all gradients together; no limit if left out.
+        update: takes the optimizer's step; the loss scaler's other place.
     """
 
     def __init__(
@@ -55,15 +61,16 @@ class LocalStep:
         precision: Precision,
         backward: Callable[[Tensor], None] = Tensor.backward,
         clip: float | None = None,
+        update: Callable[[Optimizer], object] = take_step,
     ) -> None:
-        self._chain, self._precision, self._backward, self._clip = chain, precision, backward, clip
+        self._chain, self._precision, self._backward, self._clip, self._update = chain, precision, backward, clip, update
 
     def __call__(self, module: nn.Module, optimizer: Optimizer, batch: Any, clock: Clock, meter: StepMeter | None = None) -> Tensor:
         """Take one step on ``module``.
 
         Args:
             module: a LightningModule; only its ``training_step`` and, if it has one, ``after_optimizer_step`` are called.
-            optimizer: of its parameters, or Fabric's wrapper of that.
+            optimizer: of its parameters, itself and not a wrapper.
             batch: as ``training_step`` takes it, on the model's device.
             meter: already entered; told where the forward pass ends.
 
@@ -82,14 +89,13 @@ class LocalStep:
             meter.forward_is_done()
         optimizer.zero_grad()
         self._backward(loss)
-        raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        if self._clip is not None or self._chain.sees_gradients or has_own_decay(raw):
-            self._precision.unscale_gradients(raw)  # whoever looks at gradients wants them without a loss scaler's factor
+        if self._clip is not None or self._chain.sees_gradients or has_own_decay(optimizer):
+            self._precision.unscale_gradients(optimizer)  # whoever looks at gradients wants them without a loss scaler's factor
         self._chain.after_backward(clock)
-        decay(raw)
+        decay(optimizer)
         if self._clip is not None:
-            nn.utils.clip_grad_norm_([value for group in raw.param_groups for value in group["params"]], self._clip)
-        optimizer.step()
+            nn.utils.clip_grad_norm_([value for group in optimizer.param_groups for value in group["params"]], self._clip)
+        self._update(optimizer)
         self._chain.after_update(clock)
         hook = getattr(module, "after_optimizer_step", None)  # where our SSL modules move their targets
         if hook is not None:

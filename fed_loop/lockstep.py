@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.plugins import Precision
 from torch import Tensor
+from torch.optim import Optimizer
 
 from featherlight.fed_loop.divided_batch import DividedBatch
 from featherlight.fed_loop.local_step import LocalStep, as_weights
@@ -47,7 +48,7 @@ class Lockstep:
     Args:
         own: the model, whole; its optimizer is stepped as a whole, too, which does to each part what an optimizer of its own would.
         calls: passes of a training step through the front: branch, and views.
-        backward: fills gradients from a loss; travel: the wire.
+        backward: fills gradients from a loss; update: takes the optimizer's step; travel: the wire.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Lockstep:
         calls: Sequence[tuple[str, tuple[int, ...]]],
         precision: Precision,
         backward: Callable[[Tensor], None],
+        update: Callable[[Optimizer], object],
         travel: Travel,
     ) -> None:
         self._own, self._partition, self._calls, self._precision = own, partition, calls, precision
         self._base_backward, self._travel = backward, travel
-        self._step = LocalStep(own.chain, precision, self._backward)
+        self._step = LocalStep(own.chain, precision, self._backward, update=update)
         self._rear = Rear(own.module, partition)
 
     def __call__(self, batch: Any, clock: Clock, metered: StepCost | None = None) -> Step:
@@ -121,7 +123,7 @@ class Lockstep:
         own = [parameter for parameter in device.parameters() if parameter.requires_grad]
         for parameter in own:
             parameter.grad = None
-        state = {parameter: self._own.raw_optimizer.state[parameter] for parameter in own if parameter in self._own.raw_optimizer.state}
+        state = {parameter: self._own.optimizer.state[parameter] for parameter in own if parameter in self._own.optimizer.state}
         before = [(buffer, buffer.clone()) for buffer in device.buffers()]
         optimizer: Any = SimpleNamespace(state=state)
         with torch.random.fork_rng(devices=[]), StepMeter(device, [optimizer], list(divided.views)) as meter:

@@ -77,7 +77,7 @@ class LockstepRounds:
             values = [received.get(name, server[name]) for name in plan.received]
             torch._foreach_copy_(list(plan.received.values()), values)
         follow(own.module, own.targets)
-        clear([own.raw_optimizer])
+        clear([own.optimizer])
         bytes_down, bytes_up, samples, device_seconds = len(down), 0, 0, time.perf_counter() - started
         losses = torch.zeros((), device=self._fabric.device)
         seed_model(derive(visit.seed, visit.round, visit.client, "model"), self._fabric.device)
@@ -139,7 +139,10 @@ class LockstepRounds:
         if self._lockstep is None:
             with torch.random.fork_rng(devices=[]):
                 calls = passes(self._own.module, partition, batch)
-            self._lockstep = Lockstep(self._own, partition, calls, self._precision, self._fabric.backward, _over_the_wire)
+            precision = self._precision
+            self._lockstep = Lockstep(
+                self._own, partition, calls, precision, self._fabric.backward, precision.optimizer_step, _over_the_wire
+            )
         return self._lockstep
 
 

@@ -206,7 +206,7 @@ class _Prediction:
         sizes = self.data.batch_sizes(visit.client, self.settings.local_epochs)
         if gone is not None:
             sizes = sizes[: steps_done(gone, len(sizes))]
-        clear([trainee.raw_optimizer])
+        clear([trainee.optimizer])
         memory = self._memories.get(visit.client, {})
         key = id(trainee), tuple(plan.received), tuple(plan.sent), tuple(memory)
         arrived = key not in self._arrived
@@ -214,7 +214,7 @@ class _Prediction:
             _arrive(trainee, visit, memory)
             self._arrived[key] = plan.beside(trainee.chain.copies())
         plan = self._arrived[key]
-        model, first_is_taken = (trainee.module, trainee.raw_optimizer), False
+        model, first_is_taken = (trainee.module, trainee.optimizer), False
         for step, samples in enumerate(sizes[:2]):
             if not self.meters.wants(plan.structure, step, samples):
                 continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from featherlight.fed_loop.cohort import asked, steps_done
 from featherlight.fed_loop.divided_batch import DividedBatch, encoded, heading
 from featherlight.fed_loop.ledger import Ledger
-from featherlight.fed_loop.local_step import as_weights, refusal_told
+from featherlight.fed_loop.local_step import as_weights, refusal_told, take_step
 from featherlight.fed_loop.lockstep import Lockstep
 from featherlight.fed_loop.meters import Meters
 from featherlight.fed_loop.plan import Plan
@@ -65,7 +65,7 @@ class DividedPrediction:
             visit = Visit(round, client, settings.seed)
             plan = self._own.plan(visit)
             device = device_plan(plan, partition)
-            clear([self._own.raw_optimizer])
+            clear([self._own.optimizer])
             with _unlogged():
                 if partition.buffer is None:
                     self._together(partition, visit, plan, device, gone.get(client))
@@ -97,7 +97,7 @@ class DividedPrediction:
     def _meter(self, lockstep: Lockstep, plan: Plan, device: Plan, batch: Any, visit: Visit, number: int, size: int) -> None:
         cost = None
         if self._meters.wants(device.structure, number, size):
-            if number and not self._own.raw_optimizer.state:  # the first step was known already: what it leaves in the optimizer is not
+            if number and not self._own.optimizer.state:  # the first step was known already: what it leaves in the optimizer is not
                 lockstep(batch, Clock(visit.round, 0))
             cost = lockstep.device_cost(batch)
             self._meters.note(cost)
@@ -111,7 +111,7 @@ class DividedPrediction:
     def _understood(self, partition: Partition, batch: Any) -> Lockstep:
         if self._lockstep is None:
             calls = passes(self._own.module, partition, batch)
-            self._lockstep = Lockstep(self._own, partition, calls, self._precision, Tensor.backward, _length)
+            self._lockstep = Lockstep(self._own, partition, calls, self._precision, Tensor.backward, take_step, _length)
         return self._lockstep
 
     # -- what is kept ---------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class DividedPrediction:
                 batch = server_batch(shapes, divided.single, divided.labels(partition.labels), self._precision)
                 rear.give = give_views(activations)
                 with refusal_told(self._own.module, visit.client, size):
-                    _, whole = self._own.step.metered(rear, self._own.raw_optimizer, batch, Clock(visit.round, number))
+                    _, whole = self._own.step.metered(rear, self._own.optimizer, batch, Clock(visit.round, number))
                 shape = divided.views[0].shape[1:]
                 self._server_meters.note(rear_only(whole, rear, lambda shape=shape: front_flops(partition, shape, self._precision)))  # type: ignore[misc]
         self._add_server(plan, device, visit, sum(sizes))

@@ -320,7 +320,7 @@ class Run:
             **({"void": int(len(used) > counted or not used)} if self.settings.min_clients else {}),
             "bytes_down": sum(turn.cost.bytes_down for turn in turns),
             "bytes_up": sum(turn.cost.bytes_up for turn in turns),
-            "lr": self.own.raw_optimizer.param_groups[0]["lr"],
+            "lr": self.own.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             **of_server(turns, own_turn),
             **({} if self.account is None else {"epsilon": self.account.epsilon(round + 1)}),

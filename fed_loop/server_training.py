@@ -70,7 +70,7 @@ class ServerTraining:
         own = self._own
         with self._calibration.opened(own.module):
             self.plan = make_plan(own.module, Chain(), own.targets, Visit(clock.period, SERVER, self._seed))
-            check_covered(own.module, [own.raw_optimizer])
+            check_covered(own.module, [own.optimizer])
 
     def train(self, round: int, training: LocalTraining, check: Callable[[], None]) -> Turn:
         """Train what the module holds, the server's weights of ``round``; they end as the new ones, unless the turn is rejected.
@@ -101,7 +101,7 @@ class ServerTraining:
                     batch = self._data.example_batch(samples)
                     with warnings.catch_warnings():
                         warnings.filterwarnings("ignore", message=".*self.log.*")  # nothing is logged of a step that is only counted
-                        _, cost = self._step.metered(self._own.module, self._own.raw_optimizer, batch, Clock(round, place))
+                        _, cost = self._step.metered(self._own.module, self._own.optimizer, batch, Clock(round, place))
                     self._meters.note(cost)
         return self._meters.turn_cost(self.plan, sum(sizes), 0, 0)
 
@@ -110,10 +110,10 @@ class ServerTraining:
         """Around the steps: the model open, its optimizer as new, before and after."""
         assert self._calibration is not None
         own = self._own
-        with self._calibration.opened(own.module), _slowed(own.raw_optimizer, self._calibration.lr_factor):
-            clear([own.raw_optimizer])
+        with self._calibration.opened(own.module), _slowed(own.optimizer, self._calibration.lr_factor):
+            clear([own.optimizer])
             yield self._calibration
-        clear([own.raw_optimizer])
+        clear([own.optimizer])
 
 
 @contextmanager

@@ -260,7 +260,7 @@ class StoredRounds:
             torch._foreach_copy_(list(plan.received.values()), [server[name] for name in plan.received])
         follow(own.module, own.targets)
         seed_model(derive(visit.seed, visit.round, visit.client, "model"), self._fabric.device)
-        clear([own.raw_optimizer])
+        clear([own.optimizer])
         rear = Rear(own.module, partition)
         losses, samples = torch.zeros((), device=self._fabric.device), 0
         for epoch in range(self._local_epochs):

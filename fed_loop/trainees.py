@@ -20,13 +20,13 @@ from featherlight.plugins.optimizer_state import check_covered, release
 
 def local_steps(fabric: Fabric, clip: float | None) -> Callable[[Chain], LocalStep]:
     """What makes a local step for a chain."""
-    precision = fabric.strategy.precision  # of one device and no wrapper, Fabric's own ``backward`` does nothing else
-    return partial(LocalStep, precision=precision, backward=partial(precision.backward, model=None), clip=clip)
+    precision = fabric.strategy.precision  # of one device and no wrapper, Fabric's own do nothing else
+    backward = partial(precision.backward, model=None)
+    return partial(LocalStep, precision=precision, backward=backward, clip=clip, update=precision.optimizer_step)
 
 
-def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> Any:
-    _, wrapped = fabric.setup(module, optimizer)
-    return wrapped
+def _setup(fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> None:
+    fabric.setup(module, optimizer)
 
 
 class Served(NamedTuple):
@@ -53,7 +53,7 @@ class Trainee:
         chain: attached to ``module``.
         targets: its momentum copies.
         step: makes a local step for a chain.
-        setup: brings a module and its optimizer to the device; returns the optimizer to step with.
+        setup: brings a module and its optimizer to the device.
     """
 
     def __init__(
@@ -62,31 +62,33 @@ class Trainee:
         chain: Chain,
         targets: dict[str, str],
         step: Callable[[Chain], LocalStep],
-        setup: Callable[[nn.Module, Optimizer], Any],
+        setup: Callable[[nn.Module, Optimizer], object],
     ) -> None:
         self.module, self.chain, self.targets = module, chain, targets
         self.schedule = ClientOptimizer(module)
-        self.raw_optimizer = self.schedule.optimizer
-        self.optimizer = setup(module, self.raw_optimizer)
+        self.optimizer = self.schedule.optimizer
+        setup(module, self.optimizer)
         self.live = shareable(module, targets)
         self.names = frozenset(module.state_dict(keep_vars=True))
         self.step = step(chain)
         self._begun = -1
+        self._plan: Plan | None = None
 
     def begin(self, clock: Clock) -> None:
         """Bring the module to where ``clock`` says it is; a second call in the same round does nothing."""
         if self._begun == clock.period:
             return
-        self._begun = clock.period
+        self._begun, self._plan = clock.period, None
         self.module.train()
-        release([self.raw_optimizer], self.chain.advance(clock))
+        release([self.optimizer], self.chain.advance(clock))
         self.schedule.go_to(clock.period)
 
     def plan(self, visit: Visit) -> Plan:
-        """Begin ``visit`` and read off what it takes."""
-        plan = make_plan(self.module, self.chain, self.targets, visit)
-        check_covered(plan.sent, [self.raw_optimizer])
-        return plan
+        """Begin ``visit`` and read off what it takes: the same of each in a round that no plugin makes differ."""
+        if self._plan is None or self.chain.visits:
+            self._plan = make_plan(self.module, self.chain, self.targets, visit)
+            check_covered(self._plan.sent, [self.optimizer])
+        return self._plan
 
 
 class Trainees:
@@ -98,7 +100,7 @@ class Trainees:
     """
 
     def __init__(
-        self, own: Trainee, blank: Chain, step: Callable[[Chain], LocalStep], setup: Callable[[nn.Module, Optimizer], Any]
+        self, own: Trainee, blank: Chain, step: Callable[[Chain], LocalStep], setup: Callable[[nn.Module, Optimizer], object]
     ) -> None:
         self.own, self._blank, self._step, self._setup = own, blank, step, setup
         self._smaller: dict[int, Trainee] = {}

@@ -104,7 +104,7 @@ class LocalTraining:
     def steps(self, trainee: Trainee, step: LocalStep, meters: Meters, visit: Visit, batches: Iterable[Any], plan: Plan, turn: Turn) -> int:
         """Step through ``batches``, and put loss and number of steps down in ``turn``; returns the number of samples."""
         seed_model(model_seed(visit), self._fabric.device)
-        clear([trainee.raw_optimizer])
+        clear([trainee.optimizer])
         losses = torch.zeros((), device=self._fabric.device)
         samples = 0
         for number, raw in enumerate(batches):

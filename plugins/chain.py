@@ -51,6 +51,11 @@ class Chain(Plugin):
         return any(overrides(plugin, "advance") for plugin in self.plugins)
 
     @property
+    def visits(self) -> bool:
+        """Whether any plugin makes one client's turn differ from another's in the same period."""
+        return any(overrides(plugin, "visit") for plugin in self.plugins)
+
+    @property
     def settles(self) -> bool:
         """Whether any plugin does something to the server's model at a round's end."""
         return any(overrides(plugin, "settle") for plugin in self.plugins)

@@ -7,6 +7,7 @@ from lightning.fabric.plugins import MixedPrecision, Precision
 
 from featherlight.fed_loop.local_step import LocalStep
 from featherlight.fed_loop.predict import predict
+from featherlight.fed_loop.trainees import local_steps
 from featherlight.plugins import Chain, Clock, Plugin
 
 LARGE = 10**6
@@ -96,10 +97,9 @@ def test_a_loss_scaler_is_seen_by_nobody(clip, net, points):
         seen.attach(module)
         fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
         before = [value.detach().clone() for value in module.parameters()]
-        module, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), 1.0))
-        LocalStep(Chain([seen]), fabric.strategy.precision, fabric.backward, clip)(
-            module.module, optimizer, points([4]).batches(0)[0], Clock(0)
-        )
+        optimizer = torch.optim.SGD(module.parameters(), 1.0)
+        fabric.setup(module, optimizer)
+        local_steps(fabric, clip)(Chain([seen]))(module, optimizer, points([4]).batches(0)[0], Clock(0))
         step = torch.stack([(old - new.detach()).norm() for old, new in zip(before, module.parameters())]).norm()
         found.append((float(seen.norm), float(step)))
         if clip is not None:
