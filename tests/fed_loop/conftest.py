@@ -267,3 +267,19 @@ def same_but_for_the_peak():
         assert predicted == measured
 
     return same
+
+
+@pytest.fixture
+def pictures(points):
+    """Clients of images (N, 2, 5, 5)."""
+
+    class Pictures(points):
+        def __init__(self, sizes=(8, 11, 16), batch_size=4):
+            super().__init__(sizes, batch_size)
+            random = torch.Generator().manual_seed(3)
+            self.clients = [(torch.randn(len(y), 2, 5, 5, generator=random), y) for _, y in self.clients]
+
+        def example_batch(self, size):
+            return torch.randn(size, 2, 5, 5), torch.zeros(size, dtype=torch.long)
+
+    return Pictures

@@ -17,20 +17,6 @@ from featherlight.plugins.sampled_layers import sampled_layers
 pytestmark = pytest.mark.filterwarnings("ignore:batch norm's running statistics are gathered by sub-models")
 
 
-@pytest.fixture
-def pictures(points):
-    class Pictures(points):
-        def __init__(self, sizes=SIZES, batch_size=4):
-            super().__init__(sizes, batch_size)
-            random = torch.Generator().manual_seed(3)
-            self.clients = [(torch.randn(len(y), 2, 5, 5, generator=random), y) for _, y in self.clients]
-
-        def example_batch(self, size):
-            return torch.randn(size, 2, 5, 5), torch.zeros(size, dtype=torch.long)
-
-    return Pictures
-
-
 # -- a round ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("rows", [True, False])

@@ -5,6 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from prism_by_hand import ConvNet
 from torch import nn
 
 from featherlight import callbacks, plugins
@@ -215,3 +216,15 @@ def test_a_run_that_ends_before_the_last_stage_says_so_as_it_begins(net, points,
         assert len(lines) == told
     federation(2).run(net(), points([6]), [plugins.ProgressiveGrowth("blocks.*", periods_per_stage=2)])
     assert "rounds=2 ends in stage 1 of 3" in capsys.readouterr().err
+
+
+def test_a_model_laid_out_with_channels_last_stays_so_and_learns_the_same(pictures, federation):
+    plain, last = ConvNet(), ConvNet().to(memory_format=torch.channels_last)
+    before = plain.conv1.weight.detach().clone()
+    for module in (plain, last):
+        federation(3).run(module, pictures([8, 12]))
+    assert last.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not last.conv1.weight.is_contiguous()
+    assert not torch.equal(plain.conv1.weight, before)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(last.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
