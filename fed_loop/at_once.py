@@ -13,7 +13,7 @@ from lightning.fabric.plugins import Precision
 from torch import Tensor
 
 from featherlight.fed_loop.here import Clients, Given
-from featherlight.fed_loop.lanes import Lanes, kind_of, why_not
+from featherlight.fed_loop.lanes import Flat, Lanes, why_not
 from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.local_step import refusal_told
 from featherlight.fed_loop.plan import Plan
@@ -137,10 +137,11 @@ class ClientsAtOnce:
         samples = [0] * len(waiting)
         for number in range(max(one.steps for one in waiting)):
             batches = [self._batch(one, number) for one in waiting]
-            for at in _alike(batches):
+            flat = [None if batch is None else Flat.of(batch) for batch in batches]
+            for at in _alike(flat):
                 sizes = [count_samples(batch) for batch in batches[at]]
                 losses[at] += self._step(
-                    lanes, trainee, at, batches[at], Clock(waiting[0].given.visit.round, number), turns[at.start].client
+                    lanes, trainee, at, flat[at], sizes[0], Clock(waiting[0].given.visit.round, number), turns[at.start].client
                 )
                 for lane, size in zip(range(at.start, at.stop), sizes, strict=True):
                     samples[lane] += size
@@ -157,14 +158,13 @@ class ClientsAtOnce:
             return one.first[number]
         return self._taking.training.ready(one.given.batches[number]) if number < one.steps else None  # type: ignore[index]
 
-    def _step(self, lanes: Lanes, trainee: Trainee, at: slice, batches: Sequence[Any], clock: Clock, client: int) -> Tensor:
-        """One step of some lanes, ``client``'s the first of them.
+    def _step(self, lanes: Lanes, trainee: Trainee, at: slice, batches: Sequence[Any], size: int, clock: Clock, client: int) -> Tensor:
+        """One step of some lanes, ``client``'s the first of them, on batches of ``size`` samples.
 
         Raises:
             ValueError: the model does what cannot be done for several clients at once.
         """
         trainee.chain.before_forward(clock)
-        size = count_samples(batches[0])
         try:
             with refusal_told(trainee.module, client, size):
                 return lanes.step(at, batches, clock.step)
@@ -185,9 +185,9 @@ def in_order(visits: Sequence[Visit], sizes: Sequence[int]) -> list[Visit]:
     return sorted(visits, key=lambda visit: (-sizes[visit.client], visit.client))
 
 
-def _alike(batches: Sequence[Any]) -> list[slice]:
+def _alike(batches: Sequence[Flat | None]) -> list[slice]:
     """Neighbouring lanes whose batches are of one kind."""
-    kinds = [None if batch is None else kind_of(batch) for batch in batches]
+    kinds = [None if batch is None else batch.kind for batch in batches]
     found, start = [], 0
     for kind, same in groupby(kinds):
         stop = start + len(list(same))

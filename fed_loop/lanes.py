@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins import Precision
@@ -138,8 +138,8 @@ class Lanes:
         device = next(iter(self.values.values())).device
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if self._draws else []
 
-    def step(self, at: slice, batches: Sequence[Any], number: int) -> Tensor:
-        """One step of the lanes ``at``, each on its own batch, all of one kind (:func:`kind_of`).
+    def step(self, at: slice, batches: Sequence[Flat], number: int) -> Tensor:
+        """One step of the lanes ``at``, each on its own batch, all of one kind.
 
         Args:
             number: of the step, counted from 0 and the same in all lanes.
@@ -201,16 +201,27 @@ class Lanes:
                     self._optimizer.state[value][key] = entry
 
 
-def kind_of(batch: Any) -> tuple[TreeSpec, list[Any]]:
-    """Equal for batches that can be put side by side."""
-    leaves, spec = tree_flatten(batch)
-    return spec, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+class Flat(NamedTuple):
+    """A batch taken apart.
+
+    Args:
+        leaves: what it is made of; spec: how; kind: equal for batches that can be put side by side.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    kind: tuple[TreeSpec, list[Any]]
+
+    @classmethod
+    def of(cls, batch: Any) -> Flat:
+        leaves, spec = tree_flatten(batch)
+        return cls(leaves, spec, (spec, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
 
 
-def _stacked(batches: Sequence[Any]) -> tuple[list[Any], TreeSpec]:
+def _stacked(batches: Sequence[Flat]) -> tuple[list[Any], TreeSpec]:
     """Leaves of batches of one kind, tensors (lanes, …), and how they make a batch."""
-    leaves, specs = zip(*map(tree_flatten, batches), strict=True)
-    return [torch.stack(same) if isinstance(same[0], Tensor) else same[0] for same in zip(*leaves, strict=True)], specs[0]
+    leaves = zip(*(batch.leaves for batch in batches), strict=True)
+    return [torch.stack(same) if isinstance(same[0], Tensor) else same[0] for same in leaves], batches[0].spec
 
 
 def _several(value: Tensor, size: int) -> Tensor:
