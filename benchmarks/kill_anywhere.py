@@ -1,6 +1,7 @@
 """Kill runs anywhere, damage what they leave, take their disk away; resume them, and compare with what nobody disturbed, bit for bit.
 
-    python benchmarks/kill_anywhere.py                              every method and fault, 10 times each: about an hour of one core
+    python benchmarks/kill_anywhere.py                              every method and fault, 10 times each: about HOUR of one core
+    python benchmarks/kill_anywhere.py --times 40 --out faults.json stopped and called again it goes on; the table is of all calls
     python benchmarks/kill_anywhere.py --times 100 --methods top-k intrinsic --faults killed
 
 A toy model, so that a run takes a second and what is tried is everything around training. A row is a method, a column a fault, a cell how
@@ -14,12 +15,13 @@ anything was lost. Processes are forked, and killed by SIGKILL once they have co
 - cut, flipped: killed, and the newest checkpoint loses its end, or a bit of its tensors changes.
 - no room: from some byte on the system refuses to make files longer, as a full disk does.
 - closed: the folder may no longer be written (for another user than root, which the process becomes).
-- Trainer: killed under Lightning's Trainer, with checkpoints in the middle of epochs.
+- Trainer: killed under Lightning's Trainer, with checkpoints in the middle of epochs; damaged: and one cut or flipped; no room: or closed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -38,12 +40,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from toy_runs import FEDERATED, TRAINED, Net, federate, fit
 
+from featherlight.commands import trainer_checkpoint
 from featherlight.fed_loop import checkpoint
+from featherlight.fed_loop.whole_files import write_text
 
 # -- runs, each in a process of its own ---------------------------------------------------------------------------------
 Run = Callable[[str, Path, int], None]
@@ -170,7 +175,8 @@ def raised(run: Run, name: str, folder: Path, whole: float, draw: random.Random)
 def damaged(how: Callable[[bytearray, random.Random], bytes], run: Run, name: str, folder: Path, whole: float, draw: random.Random) -> bool:
     pids = start(run, name, folder)
     kill(pids, pids, draw.uniform(0.5 * whole, 1.2 * whole))
-    if len(found := checkpoint.existing(folder)) < 2:
+    found = trainer_checkpoint.existing(folder)[::-1] if run is fit else checkpoint.existing(folder)
+    if len(found) < 2:
         return False
     found[-1].write_bytes(how(bytearray(found[-1].read_bytes()), draw))
     (folder / "done.pt").unlink(missing_ok=True)
@@ -217,6 +223,8 @@ FAULTS: dict[str, Fault] = {
     "no room": no_room,
     "closed": closed,
     "Trainer": killed,
+    "Trainer, damaged": lambda *told: damaged(told[-1].choice((cut, flipped)), *told),
+    "Trainer, no room": lambda *told: told[-1].choice((no_room, closed))(*told),
 }
 
 
@@ -234,69 +242,102 @@ def tell_loss(folder: Path, name: str, fault: str, seed: int) -> None:
     print(f"LOST: {name}, {fault}, seed {seed}\n{said[-1500:]}", file=sys.stderr, flush=True)
 
 
-def trials(fault: str, name: str, times: int, seed: int, home: Path) -> tuple[int, int]:
-    """How often the fault struck, and how often nothing was lost."""
-    run: Run = fit if fault == "Trainer" else federate
-    home.chmod(0o755)
-    undisturbed = home / f"{run.__name__}-{name}-whole"
-    if not (undisturbed / "done.pt").exists():
-        undisturbed.mkdir(exist_ok=True)
-        [pid] = start(run, name, undisturbed)
+def undisturbed(run: Run, name: str, home: Path) -> tuple[dict[str, Any], float]:
+    """What a run that nobody disturbs ends with, and for how many seconds it computes; run where it has not been yet."""
+    folder = home / f"{run.__name__}-{name}-whole"
+    if not (folder / "done.pt").exists():
+        folder.mkdir(exist_ok=True)
+        [pid] = start(run, name, folder)
         seconds = 0.0
         while not os.waitpid(pid, os.WNOHANG)[0]:
             seconds = max(seconds, now) if (now := computed(pid)) < float("inf") else seconds
             time.sleep(0.002)
-        if not (undisturbed / "done.pt").exists():
-            raise RuntimeError(f"{name} does not run at all:\n{undisturbed.with_suffix('.said').read_text()[-3000:]}")
-        (undisturbed / "seconds").write_text(str(seconds))
-    whole, seconds = torch.load(undisturbed / "done.pt", weights_only=True), float((undisturbed / "seconds").read_text())
-    tried = survived = 0
-    for number in range(3 * times):
-        if tried == times:
-            break
-        folder = home / f"{run.__name__}-{name}-{fault}-{number}"
-        folder.mkdir()
-        draw = random.Random(f"{seed} {fault} {name} {number}")
-        struck = FAULTS[fault](run, name, folder, seconds, draw)
         if not (folder / "done.pt").exists():
-            wait(start(run, name, folder))
-        kept = same(folder, whole)
-        tried, survived = tried + struck, survived + (struck and kept)
-        if not kept:
-            tell_loss(folder, name, fault, seed)
-        shutil.rmtree(folder)
-    return tried, survived
+            raise RuntimeError(f"{name} does not run at all:\n{folder.with_suffix('.said').read_text()[-3000:]}")
+        (folder / "seconds").write_text(str(seconds))
+    return torch.load(folder / "done.pt", weights_only=True), float((folder / "seconds").read_text())
+
+
+def trial(fault: str, name: str, number: int, seed: int, home: Path) -> tuple[bool, bool]:
+    """Whether the fault struck, and whether nothing was lost."""
+    run: Run = fit if fault.startswith("Trainer") else federate
+    whole, seconds = undisturbed(run, name, home)
+    folder = home / f"{run.__name__}-{name}-{fault}-{number}"
+    folder.mkdir()
+    struck = FAULTS[fault](run, name, folder, seconds, random.Random(f"{seed} {fault} {name} {number}"))
+    if not (folder / "done.pt").exists():
+        wait(start(run, name, folder))
+    kept = same(folder, whole)
+    if not kept:
+        tell_loss(folder, name, f"{fault}, number {number}", seed)
+    shutil.rmtree(folder)
+    folder.with_suffix(".said").unlink(missing_ok=True)
+    return struck or not kept, kept
+
+
+# -- many of them -------------------------------------------------------------------------------------------------------
+class Counts:
+    """By method and fault how often it was tried, how often nothing was lost, and the number of the next trial.
+
+    Args:
+        out: a file that keeps them.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = out
+        self._kept: dict[str, dict[str, list[int]]] = json.loads(out.read_text()) if out is not None and out.exists() else {}
+
+    def of(self, name: str, fault: str) -> list[int]:
+        return self._kept.setdefault(name, {}).setdefault(fault, [0, 0, 0])
+
+    def add(self, name: str, fault: str, struck: bool, kept: bool) -> None:
+        own = self.of(name, fault)
+        own[:] = own[0] + struck, own[1] + (struck and kept), own[2] + 1
+        if self._out is not None:
+            write_text(self._out, json.dumps(self._kept, indent=1))
+
+    def tell(self, console: Console) -> int:
+        """All that was ever counted, as a table; returns how many were lost."""
+        every = [(tried, survived) for own in self._kept.values() for tried, survived, _ in own.values()]
+        tried = sum(count for count, _ in every)
+        lost = tried - sum(count for _, count in every)
+        faults = [fault for fault in FAULTS if any(fault in own for own in self._kept.values())]
+        table = Table("method", *faults, box=box.MARKDOWN)
+        for name in FEDERATED:
+            if own := self._kept.get(name):
+                table.add_row(name, *(_cell(*own[fault][:2]) if fault in own else "" for fault in faults))
+        console.print(table)
+        console.print(f"{tried} faults, {lost} lost")
+        return lost
+
+
+def _cell(tried: int, survived: int) -> str:
+    return f"{tried}" if tried == survived else f"{tried}, LOST {tried - survived}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--times", type=int, default=10, help="how often each fault is to strike each method, earlier calls' counted in")
     parser.add_argument("--methods", nargs="+", default=[*FEDERATED], choices=[*FEDERATED])
     parser.add_argument("--faults", nargs="+", default=[*FAULTS], choices=[*FAULTS])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="a file of counts, to which this call adds its own")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it cannot wait
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    table = Table("method", *options.faults, title="tried / nothing lost")
-    tried = survived = 0
+    counts = Counts(options.out)
+    cells = [(name, fault) for name in options.methods for fault in options.faults if not fault.startswith("Trainer") or name in TRAINED]
     with tempfile.TemporaryDirectory() as home:
-        for name in options.methods:
-            cells = []
-            for fault in options.faults:
-                if fault == "Trainer" and name not in TRAINED:
-                    cells.append("")
-                    continue
-                struck, kept = trials(fault, name, options.times, options.seed, Path(home))
-                tried, survived = tried + struck, survived + kept
-                cells.append(f"{struck} / {kept}")
-                print(f"{name}, {fault}: {struck} / {kept}", file=sys.stderr, flush=True)
-            table.add_row(name, *cells)
-    console = Console(width=160)
-    console.print(table)
-    console.print(f"{tried} faults, {tried - survived} lost (seed {options.seed})")
-    return int(survived < tried)
+        Path(home).chmod(0o755)
+        for times in range(1, options.times + 1):  # each once, then each again: whenever it is stopped, all were tried alike
+            for name, fault in cells:
+                own = counts.of(name, fault)
+                while own[0] < times and own[2] < 3 * times:
+                    counts.add(name, fault, *trial(fault, name, own[2], options.seed, Path(home)))
+            print(f"each {times} times", file=sys.stderr, flush=True)
+    return int(counts.tell(Console(width=200)) > 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from featherlight.fed_loop import Adam, Federation, Median, Momentum
 from featherlight.fed_loop.whole_files import write_whole
 from featherlight.plugins import (
     MOON,
+    ClientPrivacy,
     DepthDropout,
     FedEMA,
     FetchSGD,
@@ -30,8 +32,12 @@ from featherlight.plugins import (
     Proximal,
     Quantization,
     RepresentationAlignment,
+    ServerCalibration,
     TopK,
 )
+
+with suppress(ImportError):  # ClientPrivacy's runs import it, for seconds: here once, not in each process that is forked
+    import dp_accounting.rdp  # noqa: F401
 
 BLOCKS, THROUGH = "blocks.*", ("stem", "blocks", "dropout", "head")
 FEDERATED: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
@@ -50,6 +56,15 @@ FEDERATED: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
     "FetchSGD": lambda _: ([LayerFreezing(BLOCKS, periods_per_stage=3), FetchSGD(40, 3, 15)], {}),
     "8 bits": lambda _: ([Quantization(down=True)], {}),
     "held near": lambda _: ([FedEMA(of="blocks"), RepresentationAlignment(through=THROUGH), MOON(through=THROUGH), Proximal(0.1)], {}),
+    "calibrated": lambda _: ([LayerFreezing(BLOCKS, periods_per_stage=3), ServerCalibration()], {"server": Momentum()}),
+    "private": lambda _: (
+        [IntrinsicProjection(20), ClientPrivacy(0.1, 0.5, delta=0.01, statistics="stay", known_cohorts=True), Quantization()],
+        {"cohort": 2, "sampling": "poisson", "dropout": 0.2},
+    ),
+    "private, shares": lambda _: (
+        [ClientPrivacy(0.1, 0.5, delta=0.01, shares=3, statistics="stay", known_cohorts=True), LayerFreezing(BLOCKS)],
+        {"server": Momentum()},
+    ),
     "robust": lambda _: ([NormClipping(1.0)], {"aggregate": Median(), "over_select": 1.3, "dropout": 0.2, "min_clients": 1}),
 }
 TRAINED: dict[str, Callable[[], list[Any]]] = {
@@ -92,7 +107,7 @@ class Net(pl.LightningModule):
 
 
 class Points:
-    """Four clients with 10, 14, 8 and 11 points, in batches of four in a fixed order."""
+    """Four clients with 10, 14, 8 and 11 points, in batches of four in a fixed order; the server has the first client's, too."""
 
     num_clients = 4
 
@@ -115,6 +130,12 @@ class Points:
         for index, visit in enumerate(visits):
             for batch in self.batches(visit.client) * epochs:
                 yield index, batch
+
+    def server_batch_sizes(self, epochs: int) -> list[int]:
+        return [len(y) for _, y in self.batches(0)] * epochs
+
+    def server_batches(self, visit: Any, epochs: int) -> Iterator[Any]:
+        yield from self.batches(0) * epochs
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch

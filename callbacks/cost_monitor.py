@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from featherlight.callbacks.epoch_counts import count_epoch
 from featherlight.callbacks.host import copies_of, stage_of
 from featherlight.plugins.cost_table import HEADINGS, CostTable, TurnCost, text_rows
 from featherlight.plugins.present import count, held, trained
@@ -88,6 +89,7 @@ class CostMonitor(pl.Callback):
 
     # -- one step -------------------------------------------------------------------------------------------------
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        count_epoch(trainer)
         if trainer.current_epoch != self._epoch.number:
             self._open(trainer, pl_module)
         ready = self._warm or batch_idx + 1 == trainer.num_training_batches

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from featherlight.callbacks import parallel, saved
 from featherlight.callbacks.draws import Draws
+from featherlight.callbacks.epoch_counts import count_epoch
 from featherlight.plugins import Chain, Clock, Plugin, Visit, optimizer_state
 from featherlight.plugins.base import overrides
 from featherlight.plugins.present import count, held
@@ -144,6 +145,7 @@ class PluginCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._chain is None:
             return
+        count_epoch(trainer)
         self._draws.batch_starts(batch_idx)
         self._clock = Clock(trainer.current_epoch, batch_idx)
         self._chain.before_forward(self._clock)

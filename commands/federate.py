@@ -19,7 +19,7 @@ from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.commands.run_logs import draw_run, log_end
 from featherlight.commands.tables import cost_table, metrics_line, privacy_line, server_table
 from featherlight.fed_loop import Federation, Result
-from featherlight.fed_loop.away import Carrier
+from featherlight.fed_loop.away import Carrier, SumCarrier
 from featherlight.fed_loop.whole_files import write_text
 
 
@@ -70,7 +70,7 @@ def check_learned(turns: int, rejected: int) -> None:
         )
 
 
-Away = Callable[[Federation, Any, str], tuple[Any, Carrier]]
+Away = Callable[[Federation, Any, str], tuple[Any, Carrier | SumCarrier]]
 """Settings, data and the configuration as text → the data of a server whose clients live elsewhere, and who carries turns to them."""
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from featherlight.fed_loop.exact_sums import BOUND, COARSE, PANEL, ExactSums
+from featherlight.fed_loop.exact_sums import BOUND, COARSE, FINE, PANEL, ExactSums
 from featherlight.fed_loop.wire import in_wire_order
 from featherlight.plugins.rejection import Rejection
 
@@ -135,6 +135,32 @@ class Mean:
             self._each = all_reduce(self._each)
         units = all_reduce(torch.tensor(list(self._units.values()), dtype=torch.int64, device=self._each.device))
         self._units = dict(zip(self._units, units.tolist()))
+
+    def whole(self) -> Tensor:
+        """All that was added, as whole numbers, (n,), int64: their sum over means, modulo 2⁶⁴, is that of what was added to them."""
+        parts: list[Tensor] = []
+        self.reduce(lambda own: parts.append(own.reshape(-1)) or own)  # type: ignore[func-returns-value]
+        return torch.cat(parts).cpu()
+
+    def add_whole(self, numbers: Tensor) -> None:
+        """Add what :meth:`whole` gave of others, summed.
+
+        Raises:
+            ValueError: it is no sum of updates; nothing has been added then.
+        """
+        sums, weights = numbers[: 2 * self._sums.size].view(2, -1), numbers[2 * self._sums.size :]
+        most = 2 * BOUND * COARSE, MOST_CLIENTS * FINE
+        within = all(bool(((part >= -bound) & (part <= bound)).all()) for part, bound in zip(sums, most))
+        if not within or not bool(((weights >= 0) & (weights <= COARSE)).all()):
+            raise Rejection("other", "the round's sum is none of updates: somebody added something else, or masks did not cancel")
+        rest = numbers
+
+        def added(own: Tensor) -> Tensor:
+            nonlocal rest
+            part, rest = rest[: own.numel()], rest[own.numel() :]
+            return own + part.view_as(own).to(own.device)
+
+        self.reduce(added)
 
     def collect(self, processes: Processes) -> None:
         """Add up over ``processes``."""

@@ -9,9 +9,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from featherlight.fed_loop.aggregate import Aggregate
 from featherlight.fed_loop.cohort import absent, asked
@@ -19,8 +20,10 @@ from featherlight.fed_loop.ledger import Ledger
 from featherlight.fed_loop.serving import Serving
 from featherlight.fed_loop.trainees import Trainees
 from featherlight.fed_loop.turn import Turn
+from featherlight.fed_loop.weighing import Weighing
 from featherlight.fed_loop.wire import pack, unpack
-from featherlight.plugins import Message, Visit
+from featherlight.plugins import Chain, Message, Visit
+from featherlight.plugins.base import overrides
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -38,6 +41,7 @@ class Request(NamedTuple):
         memory: the round at whose end it made the memory that counts, or :data:`NONE_YET`.
         progress: how far it gets, from 0 to 1, if it is to drop out.
         told: what plugins tell of the schedule so far.
+        weight: where the server is to see sums alone, what the update weighs among all.
     """
 
     visit: Visit
@@ -47,6 +51,7 @@ class Request(NamedTuple):
     memory: int = NONE_YET
     progress: float | None = None
     told: dict[str, Any] = {}  # noqa: RUF012  never written to
+    weight: float | None = None
 
     def header(self) -> str:
         """All but the payload, as JSON."""
@@ -63,7 +68,7 @@ class Reply(NamedTuple):
     """What comes back.
 
     Args:
-        turn: the turn's report; payload: the update, as counted.
+        turn: the turn's report; payload: the update, as counted; where the request gives a weight, as whole numbers (:meth:`Mean.whole`).
         lost: the client has not what the request says that it holds (it was started anew), and has done nothing.
         round: of the request; a reply to an earlier one is not taken for it.
     """
@@ -150,6 +155,27 @@ class Carrier(Protocol):
         """A reply for every request, in any order; :meth:`Reply.failed` where none comes."""
 
 
+@runtime_checkable
+class SumCarrier(Protocol):
+    """Takes requests to clients, and of what they answer brings the sum."""
+
+    def summed(self, requests: Sequence[Request], size: int) -> tuple[list[Reply], Tensor | None]:
+        """A reply for every request, in any order; and the sum, ``(size,)``, int64, modulo 2⁶⁴, of what those sent as whole numbers whose
+        reply says that they count; None where there is none."""
+
+
+def check_sums(settings: Federation, chain: Chain) -> None:
+    """Refuse what needs clients' updates one by one.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if settings.aggregate is not None:
+        raise ValueError(f"aggregate={type(settings.aggregate).__name__} looks at each client's update, and the server sees sums alone")
+    if alone := [type(plugin).__name__ for plugin in chain.plugins if overrides(plugin, "narrow")]:
+        raise ValueError(f"{alone[0]}: what a smaller module sends only the server can put in its place, and it sees sums alone")
+
+
 def check_settings(settings: Federation) -> None:
     """Refuse what does not go with clients elsewhere.
 
@@ -177,7 +203,8 @@ def _stray(client: int, asked: bool) -> Turn:
 class AwayRounds:
     """Rounds of which clients take their turns elsewhere: the server's half."""
 
-    def __init__(self, settings: Federation, trainees: Trainees, data: Any, carrier: Carrier) -> None:
+    def __init__(self, settings: Federation, trainees: Trainees, data: Any, carrier: Carrier | SumCarrier) -> None:
+        self._sum: Tensor | None = None
         self._settings, self._trainees, self._data, self._carrier = settings, trainees, data, carrier
         self._serving = Serving(trainees)
 
@@ -189,13 +216,17 @@ class AwayRounds:
     ) -> Iterator[tuple[Turn, Message, Message]]:
         """As :meth:`RoundKind.turns`; of what clients remember the server knows the round at whose end they made it."""
         self._serving.begin_round()
+        if isinstance(self._carrier, SumCarrier):
+            yield from self._turns_summed(self._carrier, visits, server, ledger, dict(memories))
+            return
         by_client, remembered = {visit.client: visit for visit in visits}, dict(memories)
         limit = 2**20 + 2 * sum(value.numel() * value.element_size() for value in server.values())
         asked, sent = list(visits), {visit.client: Sent() for visit in visits}
         for attempt in range(2):
             again: list[Visit] = []
             waiting = {visit.client for visit in asked}
-            for reply in self._carrier.exchange(self._request(visit, server, ledger, remembered, sent[visit.client]) for visit in asked):
+            requests = (self._request(visit, server, ledger, remembered, sent[visit.client]) for visit in asked)
+            for reply in self._carrier.exchange(requests):
                 turn = reply.turn
                 if turn.client not in waiting:
                     yield _stray(turn.client, turn.client in by_client), {}, {}
@@ -215,6 +246,37 @@ class AwayRounds:
             for client in sorted(waiting):
                 yield self._arrived(Reply.failed(client, "no reply came"), by_client[client], sent[client], limit)
             asked = again
+
+    def _turns_summed(
+        self, carrier: SumCarrier, visits: Sequence[Visit], server: Message, ledger: Ledger, remembered: dict[int, Message]
+    ) -> Iterator[tuple[Turn, Message, Message]]:
+        """Turns whose updates come as one, for :meth:`together`. Who is lost is not asked again: there would be a second sum, of few."""
+        if not visits:
+            return
+        sent, chain = {visit.client: Sent() for visit in visits}, self._trainees.own.chain
+        weighing = Weighing(self._settings, chain, self._data.client_sizes(), [visit.client for visit in visits])
+        blank: Any = weighing.aggregate(self._trainees.travels(visits))
+        requests = [
+            self._request(visit, server, ledger, remembered, sent[visit.client])._replace(weight=weighing.of(visit.client))
+            for visit in visits
+        ]
+        replies, self._sum = carrier.summed(requests, len(blank.whole()))
+        wrong = ""
+        if self._sum is not None:
+            try:
+                blank.add_whole(self._sum)
+            except ValueError as error:
+                wrong, self._sum = str(error), None
+        for reply in replies:
+            turn, own = reply.turn, sent[reply.turn.client]
+            turn.cost.bytes_down, turn.cost.bytes_up, turn.server = own.length, len(reply.payload), None
+            turn.kept = own.keeps if turn.steps else {}
+            if reply.lost:
+                ledger.visited(turn.client, {})
+                turn.reject("it has not what it was to keep: it is sent everything the next time", "no_reply")
+            if wrong and turn.counts:
+                turn.reject(wrong)
+            yield turn, {}, {"round": torch.tensor(visits[0].round)} if turn.counts and chain.remembers else {}
 
     def _request(self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], sent: Sent) -> Request:
         trainee = self._trainees.of(visit)
@@ -239,7 +301,10 @@ class AwayRounds:
         return turn, update, {"round": torch.tensor(visit.round)} if self._trainees.own.chain.remembers else {}
 
     def together(self, round: int, turns: list[Turn], server: Message, mean: Aggregate) -> None:
-        """Every client has trained alone."""
+        """What came as one sum is added."""
+        if self._sum is not None:
+            mean.add_whole(self._sum)  # type: ignore[attr-defined]
+        self._sum = None
 
     def settle(self, round: int, everybody: Sequence[Turn]) -> None:
         """Nothing is kept."""

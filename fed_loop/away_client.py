@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from featherlight.fed_loop.aggregate import Mean
 from featherlight.fed_loop.away import Belongings, Reply, Request
 from featherlight.fed_loop.cohort import steps_done
 from featherlight.fed_loop.processes import Processes
 from featherlight.fed_loop.trainees import Trainees
-from featherlight.fed_loop.turn import Taking, Turn
-from featherlight.fed_loop.wire import unpack
-from featherlight.plugins import Chain, Clock, Plugin, find_targets
+from featherlight.fed_loop.turn import NOT_FINITE, Taking, Turn
+from featherlight.fed_loop.weighing import FixedMean
+from featherlight.fed_loop.wire import pack, unpack
+from featherlight.plugins import Chain, Clock, Message, Plugin, Visit, find_targets
 
 if TYPE_CHECKING:
     from featherlight.fed_loop.federation import Federation
@@ -62,6 +65,7 @@ class AwayClient:
         self._own.begin(Clock(visit.round, 0))
         self._chain.hear(request.told, visit)
         trainee = self._trainees.of(visit)
+        like = self._trainees.travels([visit]) if request.weight is not None else {}
         plan = trainee.plan(visit)
         message = unpack(request.payload)
         if trainee.chain.rebuilds:
@@ -77,6 +81,8 @@ class AwayClient:
         payload, memory = self._taking.take(
             trainee, plan, visit, self._batches(request), ChainMap(entries, own.kept), own.memories.get(request.memory, {}), turn
         )
+        if request.weight is not None and not turn.dropped_out:
+            payload = self._whole(payload, request.weight, like, visit, turn)
         turn.cost.seconds = time.perf_counter() - started
         had = {name: value if name in trainee.names else value.new_zeros(0) for name, value in {**own.kept, **message}.items()}
         keeps = {name: had[name] for name in request.keeps}  # of what is no entry of the model, the name alone
@@ -84,6 +90,18 @@ class AwayClient:
         if self._chain.remembers and not turn.dropped_out:
             memories[visit.round] = memory
         return Reply(turn, payload, round=visit.round), Belongings(keeps, dict(request.keeps), received, memories)
+
+    def _whole(self, payload: bytes, weight: float, like: Message, visit: Visit, turn: Turn) -> bytes:
+        """An update as whole numbers, read and checked as the server, which will not see it, would have done."""
+        if not math.isfinite(turn.loss):
+            turn.reject(NOT_FINITE, "not_finite")
+        mean = FixedMean(like, round(1 / weight)) if self._chain.counts_alike else Mean(like, self._chain.decodes)
+        try:
+            update = unpack(payload) if not turn.rejected else {}
+            mean.add(self._chain.decode(update, visit) if self._chain.decodes and update else update, weight)
+        except ValueError as error:
+            turn.reject(error)
+        return b"" if turn.rejected else pack({"whole": mean.whole()})
 
     def _batches(self, request: Request) -> Iterable[Any]:
         visit, epochs = request.visit, self._settings.local_epochs

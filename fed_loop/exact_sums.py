@@ -51,6 +51,11 @@ class ExactSums:
         self._adds: dict[int, int] = {}  # of ranges that have something in the long form: how often since fine parts were carried
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self._size
+
     # -- ranges -----------------------------------------------------------------------------------------------------
     def _pieces(self, start: int, size: int) -> list[tuple[int, int, int]]:
         """``(number, first, last)`` of each range that ``size`` sums from ``start`` on have a share in."""

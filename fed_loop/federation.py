@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from featherlight.fed_loop.aggregate import MOST_CLIENTS
-from featherlight.fed_loop.away import Carrier, check_settings
+from featherlight.fed_loop.away import Carrier, SumCarrier, check_settings
 from featherlight.fed_loop.report import Report
 from featherlight.fed_loop.result import Evaluator, Result
 from featherlight.fed_loop.robust import Median
@@ -192,7 +192,7 @@ class Federation:
         loggers: Sequence[Logger] = (),
         resume: bool = False,
         configuration: Mapping[str, Any] | None = None,
-        carrier: Carrier | None = None,
+        carrier: Carrier | SumCarrier | None = None,
     ) -> Result:
         """Train ``module`` in place: it ends with the server's final weights, as an ordinary module.
 

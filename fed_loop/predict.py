@@ -183,7 +183,10 @@ class _Prediction:
                 self.ledger.visited(client, entries)
             if self.chain.counts_alike:  # by noise, which is on what nobody sent, too
                 changed |= may_travel(self.own.module, self.own.live).keys()
-            self.chain.arrive([Visit(round, client, settings.seed) for client in cohort if client not in gone])
+            if not cohort:  # as a run does, which looks at what might travel
+                self._encoded(self.own, may_travel(self.own.module, self.own.live), Visit(round, 0, settings.seed))
+            arrived = [Visit(round, client, settings.seed) for client in cohort if client not in gone]
+            self.chain.arrive(arrived, self._noise_on(len(arrived)))
             if self.on_server.plan is not None:
                 self.table.add_server(self.chain.stage(round), round, self.on_server.predict(round))
                 changed |= self.on_server.plan.sent.keys()
@@ -247,11 +250,19 @@ class _Prediction:
         """The length of an update, worked out once for all visits whose modules are one and whose entries have the same names."""
         key = id(trainee), tuple(plan.sent)
         if key not in self._lengths_up:
-            up = dict(plan.sent)
-            if self.chain.by_differences:
-                up = trainee.chain.encode({name: torch.zeros_like(value) for name, value in up.items()}, visit)
-            self._lengths_up[key] = _length(up)
+            self._lengths_up[key] = _length(self._encoded(trainee, plan.sent, visit))
         return self._lengths_up[key]
+
+    def _encoded(self, trainee: Trainee, sent: Message, visit: Visit) -> Message:
+        """What goes up of ``sent``."""
+        if not self.chain.by_differences:
+            return sent
+        return trainee.chain.encode({name: torch.zeros_like(value) for name, value in sent.items()}, visit)
+
+    def _noise_on(self, arrived: int) -> bool:
+        """Whether a sum of so many updates is given noise."""
+        mechanism = self.chain.mechanism()
+        return mechanism is not None and mechanism.noise_multiplier > 0 and mechanism.lacking(arrived) > 0
 
     def _length(self, message: Message) -> _Length:
         """:func:`_length`, worked out once for messages of the same names and shapes."""

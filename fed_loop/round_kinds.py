@@ -12,7 +12,7 @@ from torch import nn
 
 from featherlight.fed_loop.aggregate import Aggregate
 from featherlight.fed_loop.at_once import ClientsAtOnce, check_at_once, in_order
-from featherlight.fed_loop.away import AwayRounds, Carrier
+from featherlight.fed_loop.away import AwayRounds, Carrier, SumCarrier, check_sums
 from featherlight.fed_loop.cohort import absent, asked, steps_done
 from featherlight.fed_loop.here import Clients, Given
 from featherlight.fed_loop.ledger import Ledger
@@ -56,7 +56,9 @@ class RoundKind(Protocol):
 class RoundKinds:
     """Finds the kind of a round."""
 
-    def __init__(self, settings: Federation, processes: Processes, trainees: Trainees, data: Any, carrier: Carrier | None = None) -> None:
+    def __init__(
+        self, settings: Federation, processes: Processes, trainees: Trainees, data: Any, carrier: Carrier | SumCarrier | None = None
+    ) -> None:
         self._settings, self._processes, self._trainees, self._data = settings, processes, trainees, data
         self._carrier = carrier
 
@@ -80,6 +82,8 @@ class RoundKinds:
             check_at_once(self._settings.client_batch, own, self._processes.fabric.strategy.precision)
         if self._carrier is not None:
             check_away(partition, own.chain)
+        if isinstance(self._carrier, SumCarrier):
+            check_sums(self._settings, own.chain)
 
     @cached_property
     def _whole(self) -> RoundKind:

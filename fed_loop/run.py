@@ -16,7 +16,7 @@ from torch import nn
 
 from featherlight.fed_loop.accounting import account_of
 from featherlight.fed_loop.aggregate import Aggregate
-from featherlight.fed_loop.away import Carrier
+from featherlight.fed_loop.away import Carrier, SumCarrier
 from featherlight.fed_loop.cohort import asked, balance
 from featherlight.fed_loop.interrupts import Interrupts
 from featherlight.fed_loop.ledger import Ledger
@@ -51,7 +51,7 @@ class Run:
         chain: Chain,
         evaluators: Sequence[Evaluator],
         report: Report,
-        carrier: Carrier | None = None,
+        carrier: Carrier | SumCarrier | None = None,
     ) -> None:
         self.settings, self.module, self.data, self.chain, self.evaluators = settings, module, data, chain, evaluators
         self.carrier = carrier

@@ -7,17 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from featherlight.commands.parsing import Parts, federated_parser, parse
 from featherlight.fed_loop.away import Belongings, Reply, Request
 from featherlight.fed_loop.away_client import AwayClient
+from featherlight.fed_loop.wire import pack, unpack
 from featherlight.flower.records import CARRIED, read, written
+from featherlight.flower.secure import SHARES, Secrets
 from featherlight.flower.shared import arguments, fingerprint
 from featherlight.plugins import Visit
 
-NUMBER, OWN, MORE = "partition-id", "data-client", "arguments"
+NUMBER, OWN, MORE, SECURE = "partition-id", "data-client", "arguments", "secure"
 """Keys of ``--node-config``."""
 
 
@@ -76,7 +79,8 @@ def client_app(path: str | Path) -> ClientApp:
     """The ClientApp of a federated configuration.
 
     A SuperNode's ``--node-config`` says ``partition-id``: which client of the federation it is; and, where it wants, ``data-client``: the
-    number that this client has in its own data, if another, and ``arguments``: such as ``--data.root=/where/they/are``.
+    number that this client has in its own data, if another, ``arguments``: such as ``--data.root=/where/they/are``, and ``secure=true``,
+    if it sends nothing but what is added up by secure aggregation.
 
     Args:
         path: the configuration, a YAML file of ``featherlight federate``.
@@ -97,11 +101,52 @@ def client_app(path: str | Path) -> ClientApp:
         request = Request.of(*read(message.content))
         if request.visit.client != own.number:
             raise ValueError(f"a message for client {request.visit.client} came to client {own.number}")
+        if request.weight is None and context.node_config.get(SECURE):
+            raise ValueError(f"client {own.number} takes part in secure sums alone, and this is none: start the run with secure=true")
         reply, kept = taken(own, request, belongings(context))
         context.state.update(written("", kept.packed()))
+        if request.weight is not None and reply.payload:
+            reply = reply._replace(payload=_masked(own.number, request.visit.round, message, context, reply.payload))
         return Message(written(reply.header(), reply.payload), reply_to=message)
 
+    @app.query("keys")
+    def keys(message: Message, context: Context) -> Message:
+        number, told = _asked(message, context)
+        secrets, public = Secrets.begun(number, told["round"])
+        secrets.keep(context)
+        return Message(written(json.dumps(public)), reply_to=message)
+
+    @app.query("shares")
+    def shares(message: Message, context: Context) -> Message:
+        number, told = _asked(message, context)
+        secrets = Secrets.kept(number, context, told["round"])
+        sent = secrets.shares(told["public"])
+        secrets.keep(context)
+        return Message(written(json.dumps(sent)), reply_to=message)
+
+    @app.query("unmask")
+    def unmask(message: Message, context: Context) -> Message:
+        number, told = _asked(message, context)
+        secrets = Secrets.kept(number, context, told["round"])
+        revealed = secrets.revealed(told["survived"])
+        secrets.keep(context)
+        return Message(written(json.dumps(revealed)), reply_to=message)
+
     return app
+
+
+def _asked(message: Message, context: Context) -> tuple[int, dict[str, Any]]:
+    """Which client this is, and what it is asked."""
+    return int(context.node_config[NUMBER]), json.loads(read(message.content)[0])
+
+
+def _masked(client: int, round: int, message: Message, context: Context, payload: bytes) -> bytes:
+    """An update's whole numbers under the round's masks."""
+    shares: Any = message.content.config_records[SHARES]
+    secrets = Secrets.kept(client, context, round)
+    numbers = secrets.masked(unpack(payload)["whole"].numpy(), json.loads(shares["json"]))
+    secrets.keep(context)
+    return pack({"whole": torch.from_numpy(numbers)})
 
 
 def belongings(context: Context) -> Belongings:

@@ -38,6 +38,7 @@ arguments = ""  # more of featherlight federate's, for server and clients alike
 resume = false
 wait = 600  # seconds in which all clients must have come
 patience = 0  # seconds that a round waits for its clients; 0: as long as it takes
+secure = false  # true: of a round's updates the server learns the sum alone
 """
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31}")

@@ -14,18 +14,18 @@ from flwr.serverapp import Grid, ServerApp
 from featherlight.commands.federate import federate, tell
 from featherlight.fed_loop import Federation
 from featherlight.fed_loop.away import Reply, Request
-from featherlight.flower.records import read, written
+from featherlight.flower.asking import PAUSE, ask, content
+from featherlight.flower.records import written
 from featherlight.flower.shared import arguments, check_same, fingerprint
-
-PAUSE = 0.2
-"""Seconds between looks for replies."""
+from featherlight.flower.sums import SummedUp
 
 
 def server_app(path: str | Path) -> ServerApp:
     """The ServerApp of a federated configuration.
 
     ``flwr run --run-config`` may set ``arguments`` (more of ``featherlight federate``'s, for server and clients alike), ``resume``,
-    ``wait`` (seconds in which all clients must have come) and ``patience`` (seconds that a round waits for its clients, 0: no limit).
+    ``wait`` (seconds in which all clients must have come), ``patience`` (seconds that a round waits for its clients, 0: no limit) and
+    ``secure`` (of a round's updates the server learns the sum alone).
 
     Args:
         path: the configuration, a YAML file of ``featherlight federate``.
@@ -36,9 +36,10 @@ def server_app(path: str | Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         options = context.run_config
 
-        def away(settings: Federation, data: Any, text: str) -> tuple[Any, Carried]:
+        def away(settings: Federation, data: Any, text: str) -> tuple[Any, Carried | SummedUp]:
             clients = gather(grid, data.num_clients, fingerprint(text), float(options.get("wait", 600)))
-            return ServerData(data, clients), Carried(grid, [told["node"] for told in clients], float(options.get("patience", 0)))
+            kind = SummedUp if options.get("secure", False) else Carried
+            return ServerData(data, clients), kind(grid, [told["node"] for told in clients], float(options.get("patience", 0)))
 
         line = arguments(Path(path), options.get("arguments"))
         result, folder, _ = federate(line, resume=bool(options.get("resume", False)), away=away)
@@ -91,7 +92,7 @@ def gather(grid: Grid, count: int, ours: Mapping[str, str], wait: float) -> list
                 waiting |= {sent: node for sent in grid.push_messages([Message(written("{}"), node, "query")]) if sent}
         for answer in grid.pull_messages(list(waiting)) if waiting else ():
             node = waiting.pop(answer.metadata.reply_to_message_id)
-            told = {**json.loads(_content(node, answer)[0]), "node": node}
+            told = {**json.loads(content(node, answer)[0]), "node": node}
             client = int(told["client"])
             if not 0 <= client < count:
                 raise ValueError(f"a SuperNode says that it is client {client}; the configuration has clients 0 to {count - 1}")
@@ -106,17 +107,6 @@ def gather(grid: Grid, count: int, ours: Mapping[str, str], wait: float) -> list
     return [clients[client] for client in range(count)]
 
 
-def _content(node: int, answer: Message) -> tuple[str, bytes]:
-    """Of a reply.
-
-    Raises:
-        ValueError: it is an error.
-    """
-    if answer.has_error():
-        raise ValueError(f"SuperNode {node}: {answer.error.reason}")
-    return read(answer.content)
-
-
 class Carried:
     """Takes turns to SuperNodes.
 
@@ -129,27 +119,17 @@ class Carried:
 
     def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """A reply for every request; one that says so where none comes, or an error."""
-        waiting: dict[str, int] = {}
-        for request in requests:  # one at a time: a cohort's payloads need not lie here together
-            client, round = request.visit.client, str(request.visit.round)
-            message = Message(written(request.header(), request.payload), self._nodes[client], "train", group_id=round)
-            [sent] = self._grid.push_messages([message])
-            if sent:
-                waiting[sent] = client
-            else:
-                yield Reply.failed(client, "the SuperLink did not take its message")
-        until = time.monotonic() + self._patience if self._patience else float("inf")
-        while waiting and time.monotonic() < until:
-            for answer in self._grid.pull_messages(list(waiting)):
-                client = waiting.pop(answer.metadata.reply_to_message_id)
-                yield self._reply(client, answer)
-            time.sleep(PAUSE)
-        for client in waiting.values():
-            yield Reply.failed(client, f"no reply within {self._patience:g} seconds")
+        for client, answer in ask(self._grid, self._messages(requests), self._patience):
+            yield Reply.failed(client, answer) if isinstance(answer, str) else self._reply(client, *answer)
 
-    def _reply(self, client: int, answer: Message) -> Reply:
+    def _messages(self, requests: Iterable[Request]) -> Iterator[tuple[int, Message]]:
+        for request in requests:
+            client, round = request.visit.client, str(request.visit.round)
+            yield client, Message(written(request.header(), request.payload), self._nodes[client], "train", group_id=round)
+
+    def _reply(self, client: int, header: str, payload: bytes) -> Reply:
         try:
-            reply = Reply.of(*_content(self._nodes[client], answer))
+            reply = Reply.of(header, payload)
         except (ValueError, KeyError, TypeError) as error:
             return Reply.failed(client, str(error))
         return reply if reply.turn.client == client else Reply.failed(client, f"it answered for client {reply.turn.client}")

@@ -110,6 +110,11 @@ class Plugin:
     not depend on who came (:meth:`summed`)."""
 
     @property
+    def sends_parts(self) -> bool:
+        """Whether clients of one round may send different ones of the numbers that the server adds up."""
+        return False
+
+    @property
     def remakes(self) -> bool:
         """Whether the model itself, not a smaller one, trains other parameters in every period, made from its weights."""
         return False
@@ -268,8 +273,12 @@ class Plugin:
         """
         return total
 
-    def arrive(self, visits: Sequence[Visit]) -> None:
-        """In a prediction, where nothing is trained and :meth:`lift` is not called: whose updates would be in the round's mean."""
+    def arrive(self, visits: Sequence[Visit], everywhere: bool = False) -> None:
+        """In a prediction, where nothing is trained and :meth:`lift` is not called: whose updates would be in the round's mean.
+
+        Args:
+            everywhere: there would be noise on all that may travel in the round, whoever came.
+        """
 
     def calibration(self, clock: Clock) -> Calibration | None:
         """How the server trains the model on its own data, between the round's mean and :meth:`settle`; None: not at all. The host takes

@@ -56,6 +56,10 @@ class CatchUp:
         """The round's update is known: in a prediction it never is."""
         self._told = round
 
+    def changes(self, most: int) -> None:
+        """In a prediction: the round under way changes so many elements, whoever was asked."""
+        self._asked[self._round] = most
+
     def check(self, argument: str, given: int, stage: int) -> None:
         """
         Raises:

@@ -128,6 +128,13 @@ class Chain(Plugin):
         name = type(self.plugins[places[0]]).__name__
         if len(places) > 1:
             raise ValueError(f"{name} and {type(self.plugins[places[1]]).__name__} each add noise to a round's sum: leave one of them out")
+        mechanism = self.plugins[places[0]].mechanism()
+        parts = [type(plugin).__name__ for plugin in self.plugins if plugin.sends_parts]
+        if mechanism is not None and mechanism.shares and parts:
+            raise ValueError(
+                f"with {parts[0]} clients of a round send different parts, and the noise of shares={mechanism.shares} would not be on what "
+                f"others left out: have the server add it ({name} without shares), or leave {parts[0]} out"
+            )
         for plugin in self.plugins[: places[0]]:
             if overrides(plugin, "decode") and not plugin.keeps_norm:
                 raise ValueError(f"{type(plugin).__name__} sends codes, and {name} bounds the length of numbers: put {name} in front of it")
@@ -313,9 +320,9 @@ class Chain(Plugin):
             total = plugin.lift(total, clock)
         return total
 
-    def arrive(self, visits: Sequence[Visit]) -> None:
+    def arrive(self, visits: Sequence[Visit], everywhere: bool = False) -> None:
         for plugin in self.plugins:
-            plugin.arrive(visits)
+            plugin.arrive(visits, everywhere)
 
     def calibration(self, clock: Clock) -> Calibration | None:
         found = [(type(plugin).__name__, given) for plugin in self.plugins if (given := plugin.calibration(clock)) is not None]

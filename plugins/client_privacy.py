@@ -104,7 +104,7 @@ class ClientPrivacy(Plugin):
         self._seed, self._over, self._counted = 0, 1, 0
 
     def mechanism(self) -> Mechanism:
-        return Mechanism(self.clip, self.noise_multiplier, self.delta, self.known_cohorts)
+        return Mechanism(self.clip, self.noise_multiplier, self.delta, self.known_cohorts, self.shares)
 
     # -- a client ---------------------------------------------------------------------------------------------------
     def encode(self, message: Message, visit: Visit) -> Message:
@@ -158,8 +158,7 @@ class ClientPrivacy(Plugin):
 
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         """The mean with noise; with ``shares``, with what clients that did not come have not added."""
-        lacking = 1.0 if not self.shares else max(0.0, 1 - self._counted / self.shares)
-        std = self.noise_multiplier * self.clip * math.sqrt(lacking) / self._over
+        std = self.noise_multiplier * self.clip * math.sqrt(self.mechanism().lacking(self._counted)) / self._over
         drawn = derive(self._seed, int(self._secret), clock.period, "privacy")
         return {name: value + _noise(value, std, drawn, name).to(value) for name, value in total.items()}
 

@@ -63,6 +63,10 @@ class DepthDropout(Plugin):
         self._dropped: tuple[int, ...] = ()
         self._told: set[int] = set()
 
+    @property
+    def sends_parts(self) -> bool:
+        return self.every == "round"
+
     def attach(self, model: nn.Module) -> None:
         self._tower = find_blocks(model, self.blocks)
         targets = find_targets(model) if self.targets == "auto" else dict(self.targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,10 @@ class FetchSGD(Plugin):
         else:
             self._error = self._error - sketch.of(step)
         return {**total, **self._server.split(step)}
+
+    def arrive(self, visits: Sequence[Visit], everywhere: bool = False) -> None:
+        if everywhere:  # of a round that nobody came to, too, some are the largest
+            self._server.changes(self.k)
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -137,6 +137,10 @@ class IntrinsicProjection(Plugin):
         self._alone = True
         return self
 
+    @property
+    def sends_parts(self) -> bool:
+        return self.subspaces > 1 and self.draw == "client"
+
     # -- on the model being trained -------------------------------------------------------------------------------
     def attach(self, model: nn.Module) -> None:
         self._forget()
@@ -169,8 +173,7 @@ class IntrinsicProjection(Plugin):
         """What the optimizer changed becomes its part in the subspace."""
         if self._before is None or self._moved is None:
             return
-        flat, self._before = self._before, None
-        span = self._spans[-1]
+        flat, self._before, span = self._before, None, self._spans[-1]
         operator = self._map(span.number, self._which(self._visit))
         with torch.no_grad():
             for name, before in self._split(flat).items():  # the change takes the place of what was before: no third vector
@@ -297,8 +300,8 @@ class IntrinsicProjection(Plugin):
             change -= before
         return {**total, **changes}
 
-    def arrive(self, visits: Sequence[Visit]) -> None:
-        self._drawn = {self._which(visit) for visit in visits}
+    def arrive(self, visits: Sequence[Visit], everywhere: bool = False) -> None:
+        self._drawn = set(range(self.subspaces)) if everywhere else {self._which(visit) for visit in visits}
 
     def settle(self, server: nn.Module, clock: Clock) -> None:
         """The server's weights are θ₀ + Σ_k A_k·Σ_k, rounded once."""
@@ -307,8 +310,7 @@ class IntrinsicProjection(Plugin):
                 now = self._model.get_parameter(name)
                 if not now.numel():
                     continue
-                largest = max(magnitude(value), self._largest.get(name, 0.0))
-                rounding = 4 * torch.finfo(now.dtype).eps * largest
+                rounding = 4 * torch.finfo(now.dtype).eps * max(magnitude(value), self._largest.get(name, 0.0))
                 if not float((value - now).abs_().max()) <= rounding:
                     raise ValueError("IntrinsicProjection needs the plain average as the server's step: use Average(), lr=1")
                 now.copy_(value)
@@ -341,10 +343,8 @@ class IntrinsicProjection(Plugin):
         first = next(iter(values.values()))
         if self._each_step:
             return first.new_zeros(self.dim) if self._moved is None else self._moved.to(first.dtype, copy=True)
-        if isinstance(first, FakeTensor):  # a prediction asks for the shape alone; hundreds of products without data take minutes
-            return first.new_zeros(self.dim)
-        if not any(bool(value.any()) for value in values.values()):  # so does a host at every round's beginning, with zeros
-            return first.new_zeros(self.dim)
+        if isinstance(first, FakeTensor) or not any(bool(value.any()) for value in values.values()):
+            return first.new_zeros(self.dim)  # for its shape a prediction asks, to which products take minutes, and a round's beginning
         change = self._flat(values)
         return self._map(self._spans[-1].number, self._which(visit)).project_(change) * gain_of(self.gain, self.dim, change.numel())
 

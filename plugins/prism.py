@@ -103,6 +103,7 @@ class PrismSampling(Plugin):
         self._stale = True
         self._picked: tuple[Visit | None, dict[str, Pick]] = (None, {})
         self._figures: dict[str, float] = {}
+        self._masked = True
         self._changed: list[nn.Module] = []
         self._resting: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
@@ -116,6 +117,10 @@ class PrismSampling(Plugin):
             raise ValueError(f"keep={self.keep}: on one machine there is one client; give it one share")
         self._in_place = True
         return self
+
+    @property
+    def sends_parts(self) -> bool:
+        return True
 
     @property
     def remakes(self) -> bool:
@@ -226,6 +231,9 @@ class PrismSampling(Plugin):
                     entries[name] = place(message[name], (layer.outputs,), pick.rows)
         return entries
 
+    def summed(self, over: int, counted: int) -> None:
+        self._masked = False  # such a sum does not say who held what
+
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         """ΔW = (u + Δu)·(v + Δv) − u·v, Δ the means over those who held an entry."""
         total, covered = dict(total), []
@@ -245,11 +253,12 @@ class PrismSampling(Plugin):
             change_v = change_v.flatten(1)
             change = change_u @ (v.double() + change_v) + u.double() @ change_v
             total[f"{path}.weight"] = change.view(len(u), *shape)
-        self._figures = {"kernel_coverage": sum(covered) / len(covered)} if covered else {}
+        self._figures = {"kernel_coverage": sum(covered) / len(covered)} if covered and self._masked else {}
         return total
 
     def figures(self) -> dict[str, float]:
-        """``kernel_coverage``: the share of principal kernels that somebody held in the round just ended, mean over layers."""
+        """``kernel_coverage``: the share of principal kernels that somebody held in the round just ended, mean over layers. Not where
+        clients count alike, whatever they held (:attr:`alike`)."""
         return self._figures
 
     # -- helpers --------------------------------------------------------------------------------------------------

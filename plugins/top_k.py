@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,6 +49,10 @@ class TopK(Plugin):
         self.share = share
         self.error_feedback = error_feedback
         self.known_start = known_start
+
+    @property
+    def sends_parts(self) -> bool:
+        return True
 
     def attach(self, model: nn.Module) -> None:
         self._model = model
@@ -106,6 +110,10 @@ class TopK(Plugin):
     def lift(self, total: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
         self._server.told(clock.period)
         return total
+
+    def arrive(self, visits: Sequence[Visit], everywhere: bool = False) -> None:
+        if everywhere:
+            self._server.changes(self._server.size)
 
     def state_dict(self) -> dict[str, Any]:
         return self._server.state_dict()

@@ -67,6 +67,27 @@ def test_resumed_is_uninterrupted(method, byol, toy, loader, make_trainer, same_
         assert resumed_cost == cost, path
 
 
+@pytest.mark.parametrize("plugins", [lambda: [], METHODS["the module's own dropout"]], ids=["none", "a method"])
+def test_resumed_from_what_a_resumed_run_has_written(plugins, toy, make_trainer, same_state, tmp_path, positioned):
+    """At an epoch's end Lightning itself loses count of epochs."""
+
+    def run(folder, ckpt_path=None):
+        folder.mkdir()
+        trained, saving = toy(), SaveAlways(folder)
+        trainer = make_trainer(*plugins(), CostMonitor(show=False), saving)
+        trainer.fit(trained, positioned(), ckpt_path=ckpt_path)
+        return trained.state_dict(), saving.paths, (trainer.current_epoch, trainer.global_step)
+
+    whole, paths, ended = run(tmp_path / "whole")
+    for place, path in enumerate(path for path in paths if path.name in ("0-batch-2.ckpt", "0-end.ckpt", "1-batch-0.ckpt")):
+        _, later, again = run(tmp_path / f"{place}", path)
+        assert again == ended
+        for number, own in enumerate(later):
+            resumed, _, again = run(tmp_path / f"{place} {number}", own)
+            assert again == ended, (path.name, own.name)
+            same_state(resumed, whole)
+
+
 def test_resumed_with_max_steps(toy, loader, make_trainer, same_state, tmp_path, positioned):
     saving = SaveAlways(tmp_path)
     whole = toy()

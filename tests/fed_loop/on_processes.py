@@ -135,6 +135,21 @@ def medians(toys, settings):
     return Federation(4, seed=3, **options, **settings), toys.Net(), data, plugins
 
 
+def voided(toys, settings):
+    """Rounds for which a client too few is left, between others; clients that keep what they have not sent."""
+    data = toys.Points([10, 3, 14, 6, 8])
+    data.clients[3][0][0, 0] = float("nan")
+    return Federation(5, cohort=3, min_clients=3, seed=9, server=Momentum(), **settings), toys.Net(), data, [TopK(20)]
+
+
+def hopeless(toys, settings):
+    """Rounds of which too few clients are left, each of them."""
+    data = toys.Points([10, 3, 14, 6])
+    for client in (0, 1, 2):
+        data.clients[client][0][0, 0] = float("nan")
+    return Federation(9, min_clients=2, **settings), toys.Net(), data, []
+
+
 def private(toys, settings):
     """Noise on what clients' projections add up to, whose secret one process alone has made; cohorts that may be empty; one rejected."""
     data = toys.Points([10, 3, 14, 6])

@@ -60,6 +60,7 @@ WAYS = {
     "PriSM": lambda: [PrismSampling({0.3: 0.5, 0.6: 0.5}, layers="blocks.*"), private()],
     "intrinsic": lambda: [IntrinsicProjection(20, periods_per_span=2), private()],
     "intrinsic, two subspaces": lambda: [IntrinsicProjection(20, subspaces=2), private()],
+    "intrinsic, 6 bits": lambda: [IntrinsicProjection(20, subspaces=2, down_bits=6), private()],
     "top-k": lambda: [TopK(20), private()],
     "FetchSGD": lambda: [FetchSGD(20, 3, 10), private()],
     "8 bits": lambda: [private(), Quantization()],
@@ -220,6 +221,22 @@ def test_without_noise_nothing_is_private(federation, normed, points, tmp_path, 
     assert json.loads((tmp_path / "result.json").read_text())["privacy"]["epsilon"] is None
 
 
+def test_what_nobody_knows_is_not_told(federation, normed, points):
+    """PriSM's share of kernels that somebody held: under noise all look held."""
+    for plugins, told in ((WAYS["PriSM"]()[:1], True), (WAYS["PriSM"](), False)):
+        done = federation(2, cohort=2).run(normed(), points(SIZES), plugins)
+        assert all(("kernel_coverage" in row) == told for row in done.history)
+
+
+@pytest.mark.parametrize("plugins", [[], [IntrinsicProjection(20, subspaces=2, draw="round")], [DepthDropout("blocks.*", every="batch")]])
+def test_noise_of_shares_is_on_every_number(plugins, federation, normed, points):
+    """Of clients that learn nothing, and add all of the noise: what they send is all there is."""
+    module = normed(lr=0.0)
+    before = [value.clone() for value in module.parameters()]
+    federation(1).run(module, points(SIZES), [*plugins, private(2.0, 1.5, shares=5)])
+    assert all(bool((value != old).all()) for value, old in zip(module.parameters(), before))
+
+
 # -- how it is run ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", WAYS)
 def test_every_update_counts_and_a_run_that_goes_on_ends_alike(way, federation, normed, points, same, figures, tmp_path):
@@ -267,9 +284,15 @@ def test_rounds_that_nobody_comes_to(federation, net, normed, points, tmp_path):
         assert [row["round"] for row in done.history if not row["clients"]] == empty
 
 
-@pytest.mark.parametrize("way", ["depth dropout", "intrinsic", "progressive"])
-def test_what_it_costs_is_predicted(way, federation, normed, points, cost_of, same_but_for_the_peak):
-    settings = federation(4, cohort=3, sampling="poisson", seed=3)
+SENT = ["depth dropout", "intrinsic", "intrinsic, two subspaces", "intrinsic, 6 bits", "top-k", "progressive"]
+
+
+@pytest.mark.parametrize(("cohort", "seed"), [(3, 3), (1, 8)], ids=["three of five", "some rounds with nobody"])
+@pytest.mark.parametrize("way", SENT)
+def test_what_it_costs_is_predicted(way, cohort, seed, federation, normed, points, cost_of, same_but_for_the_peak):
+    """Noise changes what nobody sent, in rounds that nobody comes to as well, and what changed is sent."""
+    settings = federation(6, cohort=cohort, sampling="poisson", seed=seed)
+    assert all(asked(settings, 5, round) for round in range(6)) == (cohort == 3)
     predicted = predict(settings, normed, points(SIZES), WAYS[way]())
     measured = settings.run(normed(), points(SIZES), WAYS[way]()).cost
     one, other = predicted.to_json(), cost_of(type("Of", (), {"cost": measured})().cost)
@@ -286,6 +309,10 @@ def test_what_it_costs_is_predicted(way, federation, normed, points, cost_of, sa
         ({"aggregate": Median()}, [private()], "noise is for a sum of bounded updates"),
         ({}, [ClientPrivacy(1.0, 1.0, delta=0.2)], "delta=0.2 of ClientPrivacy, with 5 clients"),
         ({}, [PartitionedTraining("blocks.1"), private()], "PartitionedTraining divides the model"),
+        ({}, [DepthDropout("blocks.*"), private(shares=5)], "with DepthDropout clients of a round send different parts.*shares=5"),
+        ({}, [TopK(20), private(shares=5)], "with TopK clients of a round send different parts"),
+        ({}, [PrismSampling(0.5, layers="blocks.*"), private(shares=5)], "with PrismSampling clients of a round send different parts"),
+        ({}, [IntrinsicProjection(20, subspaces=2), private(shares=5)], "with IntrinsicProjection clients of a round send different"),
         ({"sampling": "poisson", "cohort": 2}, [PartitionedTraining("blocks.1")], "cohorts of a fixed size"),
     ],
 )

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from featherlight.fed_loop import checkpoint
 
 SCRIPT = Path(__file__).parent / "on_processes.py"
 
@@ -38,7 +41,7 @@ LAUNCHERS = {
             "torchrun",
             [
                 *("layerwise", "growing", "sampled", "turned", "projected", "remembered", "sketched", "held_near"),
-                *("replayed", "jointly", "queued", "lockstep", "calibrated", "medians", "private"),
+                *("replayed", "jointly", "queued", "lockstep", "calibrated", "medians", "voided", "private"),
             ],
         ),
     ],
@@ -53,9 +56,32 @@ def test_two_processes_are_one(launcher, names, runs, same, tmp_path):
         assert json.loads((tmp_path / name / "figures.json").read_text()) == json.loads(json.dumps(figures))
         resumed, _ = runs.run(name, tmp_path / name, resume=True)  # one process goes on from what two have written
         same(resumed, weights)
-        rejected = {"growing": 4, "projected": 4, "remembered": 4, "replayed": 3, "held_near": 5, "private": 2}  # one client, each time
+        rejected = {
+            "growing": 4,
+            "projected": 4,
+            "remembered": 4,
+            "replayed": 3,
+            "held_near": 5,
+            "private": 2,
+            "voided": 2,
+        }  # one client, each time
         if name != "medians":  # there the client is now and then among those that drop out
             assert sum(row["rejected"] for row in figures[0]) == rejected.get(name, 0)
+
+
+def test_two_processes_stop_where_too_few_clients_are_left(runs, same, tmp_path):
+    """Said once, by both; nothing has changed, and the run can go on with clients that were seen to."""
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*LAUNCHERS["devices=2"], tmp_path, "2", "hopeless"], capture_output=True, text=True, timeout=300, check=False, env=free
+    )
+    assert done.returncode
+    told = r"ValueError: in 3 rounds in a row, up to round 2, fewer than min_clients=2 updates could be used \(not_finite 9\)"
+    assert len(re.findall(told, done.stderr)) == 1
+    state = checkpoint.read(checkpoint.newest(tmp_path / "hopeless"))
+    assert state["round"] == 3
+    assert [row["void"] for row in state["history"]] == [1, 1, 1]
+    same(state["server"], runs.load("conftest").Net().state_dict())
 
 
 def test_two_processes_killed_at_a_random_moment(runs, same, tmp_path):

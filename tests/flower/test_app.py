@@ -3,7 +3,6 @@
 import json
 import stat
 import time
-import uuid
 
 import pytest
 import torch
@@ -12,103 +11,15 @@ import yaml
 pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
 
 from cryptography import x509
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, RecordDict
 
 from featherlight import plugins
 from featherlight.cli import main
 from featherlight.commands.federate import federate
 from featherlight.fed_loop import checkpoint
-from featherlight.flower import client_app, server_app
 from featherlight.flower.credentials import write_credentials
 from featherlight.flower.records import read, written
 from featherlight.plugins import Chain, Plugin
-
-
-@pytest.fixture(autouse=True)
-def identity():
-    """Who this process is: Flower's own processes are told."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
-
-
-class Handed(Grid):
-    """Hands each message to the ClientApp of its node, in this process.
-
-    Args:
-        path: the configuration; nodes: ``node_config`` of each; down: (client, round) pairs that end in an error.
-    """
-
-    def __init__(self, path, nodes, down=()):
-        self.app, self.down, self.replies, self.sent = client_app(path), set(down), {}, []
-        self.contexts = {100 + place: Context(1, 100 + place, config, RecordDict(), {}) for place, config in enumerate(nodes)}
-
-    def set_run(self, run):
-        raise NotImplementedError
-
-    run = property(set_run)
-    create_message = set_run
-
-    def get_node_ids(self):
-        return list(self.contexts)
-
-    def push_messages(self, messages):
-        return [self.hand(message) for message in messages]
-
-    def hand(self, message):
-        number = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        context = self.contexts[message.metadata.dst_node_id]
-        self.sent.append((message.metadata.message_type, message.metadata.group_id, context.node_id))
-        if (context.node_config.get("partition-id"), message.metadata.group_id) in self.down:
-            self.replies[number] = Message(Error(1, "out of memory"), reply_to=message)
-            return number
-        try:
-            self.replies[number] = self.app(message, context)
-        except Exception as error:
-            self.replies[number] = Message(Error(0, repr(error)), reply_to=message)
-        return number
-
-    def pull_messages(self, message_ids):
-        return [self.replies.pop(number) for number in list(message_ids) if number in self.replies]
-
-    def send_and_receive(self, messages, *, timeout=None):
-        return self.pull_messages(self.push_messages(messages))
-
-
-@pytest.fixture
-def configured(tmp_path):
-    """Writes a configuration; returns its path."""
-
-    def write(*methods, clients=2, **federation):
-        model = {"backbone": "vit", "backbone_options": {"depth": 2, "width": 16, "heads": 2, "patch_size": 4}}
-        content = {
-            "model": {"class_path": "SimCLR", "init_args": {**model, "image_size": 8, "in_channels": 1, "hidden_dim": 16, "output_dim": 8}},
-            "data": {"class_path": "ImageData", "init_args": {"batch_size": 16, "num_clients": clients, "limit_train": 32 * clients}},
-            "plugins": list(methods),
-            "federation": {"rounds": 3, "seed": 5, "accelerator": "cpu", "progress": False, **federation},
-            "loggers": [],
-        }
-        path = tmp_path / "small.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Runs the ServerApp on nodes; returns the run's folder and the grid."""
-
-    def run(path, nodes=({"partition-id": 1}, {"partition-id": 0}), down=(), folder="there", **options):
-        grid, line = Handed(path, nodes, down), f"--federation.folder={tmp_path / folder} {options.pop('arguments', '')}"
-        context = Context(1, 0, {}, RecordDict(), {"arguments": line, "wait": 0.5, **options})
-        for own in grid.contexts.values():
-            own.run_config = context.run_config
-        server_app(path)(grid=grid, context=context)
-        return tmp_path / folder, grid
-
-    return run
-
 
 FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 1}}
 NEEDED = {
