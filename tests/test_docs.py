@@ -185,6 +185,19 @@ def test_every_method_has_a_page_with_code_and_a_configuration():
         assert any("**Equation.**" in own for own in shown)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_of_methods_has_all_that_readme_says(path):
+    """Idea, equation, when to use it, of each; figures with the commands that print them; traps."""
+    text = path.read_text()
+    ideas, equations, whens = (len(re.findall(rf"\*\*{part}", text)) for part in (r"Idea\.", r"Equation\.", r"When( to use it)?\."))
+    assert ideas == equations == whens >= 1
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    (told,) = (sections[name] for name in sections if re.fullmatch("What (it saves|they save) and costs?", name))
+    assert re.search(r"^\|.*\d.*\|$", told, re.MULTILINE), "no table of figures"
+    assert re.search(r"`(python benchmarks/|featherlight |pytest )", told), "no command that prints a figure"
+    assert len(re.findall(r"^- \*\*", sections["Traps"], re.MULTILINE)) >= 3
+
+
 @pytest.mark.parametrize("package", [plugins, callbacks, fed_loop, ssl_models], ids=lambda package: package.__name__)
 def test_the_reference_has_every_public_name(package):
     page = (ROOT / "docs" / "api" / f"{package.__name__.rpartition('.')[2]}.md").read_text()

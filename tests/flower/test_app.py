@@ -1,8 +1,10 @@
 """ServerApp and ClientApps in one process, on a grid that hands messages over: who takes part, what is told, what is refused."""
 
+import importlib.util
 import json
 import stat
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,59 +15,39 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[t
 from cryptography import x509
 from flwr.app import ConfigRecord, RecordDict
 
-from featherlight import plugins
 from featherlight.cli import main
 from featherlight.commands.federate import federate
 from featherlight.fed_loop import checkpoint
 from featherlight.flower.credentials import write_credentials
 from featherlight.flower.records import read, written
-from featherlight.plugins import Chain, Plugin
 
-FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 1}}
-NEEDED = {
-    "ClientPrivacy": {"clip": 1.0, "noise_multiplier": 0.1, "statistics": "stay"},
-    "DepthDropout": {"blocks": "backbone.blocks.*"},
-    "FetchSGD": {"columns": 200, "k": 50},
-    "IntrinsicProjection": {"dim": 50},
-    "LayerFreezing": FREEZING["init_args"],
-    "NormClipping": {"max_norm": 1.0},
-    "PartitionedTraining": {"cut": "backbone.blocks.0"},
-    "PrismSampling": {"keep": 0.5},
-    "ProgressiveGrowth": FREEZING["init_args"],
-    "TopK": {"k": 50},
-}
-METHODS = [
-    name
-    for name in plugins.__all__
-    if isinstance(kind := getattr(plugins, name), type) and issubclass(kind, Plugin) and kind not in (Plugin, Chain)
-]
-WAYS = {name: [{"class_path": name, "init_args": NEEDED.get(name, {})}] for name in METHODS} | {
-    "ServerCalibration behind LayerFreezing": [FREEZING, {"class_path": "ServerCalibration"}]
-}
-REFUSED = {"PartitionedTraining": "a model divided between device and server does not run with clients in processes of their own"}
-ROUNDING = {"IntrinsicProjection": 1e-5}
-"""Of weights that clients work out by themselves, by plain steps: Adam's make as much of a gradient's last digits as of its first."""
+SPEC = importlib.util.spec_from_file_location("on_superlink", Path(__file__).parents[2] / "benchmarks" / "on_superlink.py")
+on_superlink = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(on_superlink)
+WAYS = on_superlink.WAYS
+
+FREEZING = on_superlink.named("LayerFreezing")[0]
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in REFUSED])
-def test_a_run_leaves_what_the_built_in_loop_leaves(way, configured, serve, tmp_path):
-    path = configured(*WAYS[way], rounds=3)
-    options = ["--data.server_fraction=0.3", *(["--model.optimizer=sgd", "--model.lr=0.05"] if way in ROUNDING else [])]
-    here = tmp_path / "here"
-    federate(["-c", str(path), *options], folder=here)
-    there, _ = serve(path, arguments=" ".join(options))
+@pytest.mark.parametrize("way", [name for name, way in WAYS.items() if way.refused is None])
+def test_a_run_leaves_what_the_built_in_loop_leaves(way, serve, tmp_path):
+    path, here = tmp_path / "small.yaml", tmp_path / "here"
+    path.write_text(on_superlink.configuration(WAYS[way]))
+    federate(["-c", str(path)], folder=here)
+    there, _ = serve(path)
     one, other = (checkpoint.read_newest(folder)[1] for folder in (here, there))
     apart = {name: float((value.double() - other["server"][name].double()).abs().max()) for name, value in one["server"].items()}
-    assert max(apart.values()) <= ROUNDING.get(way, 0), apart
+    assert max(apart.values()) <= WAYS[way].tolerance, apart
     assert sorted(file.name for file in here.iterdir()) == sorted(file.name for file in there.iterdir())
     bytes_of = [[(row["bytes_down"], row["bytes_up"]) for row in state["history"]] for state in (one, other)]
     assert bytes_of[0] == bytes_of[1]
 
 
-@pytest.mark.parametrize("way", REFUSED)
-def test_what_cannot_run_is_refused_before_any_trains(way, configured, serve):
-    with pytest.raises(ValueError, match=REFUSED[way]):
-        serve(configured(*WAYS[way]))
+@pytest.mark.parametrize("way", [name for name, way in WAYS.items() if way.refused is not None])
+def test_what_cannot_run_is_refused_before_any_trains(way, serve, tmp_path):
+    (tmp_path / "small.yaml").write_text(on_superlink.configuration(WAYS[way]))
+    with pytest.raises(ValueError, match=WAYS[way].refused):
+        serve(tmp_path / "small.yaml")
 
 
 def test_a_run_goes_on_with_clients_that_know_nothing_of_it(configured, serve, tmp_path):

@@ -1,50 +1,35 @@
 """On a real SuperLink with SuperNodes, TLS and authentication: the weights, bit for bit, and the figures of the built-in loop.
 
 A process starts for every message, most of all to import torch: minutes of a core. It is run by itself, where it is asked for.
+``benchmarks/on_superlink.py`` runs every method so.
 """
 
+import importlib.util
 import json
 import os
+from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
 
-from featherlight.commands.federate import federate
-from featherlight.fed_loop import checkpoint
 from featherlight.flower.credentials import write_credentials
-from featherlight.flower.folder import write_app
 
-CLIENTS = 2
-CONFIGURATION = {
-    "model": {
-        "class_path": "SimCLR",
-        "init_args": {
-            "backbone": "vit",
-            "backbone_options": {"depth": 2, "width": 16, "heads": 2, "patch_size": 4},
-            "image_size": 8,
-            "in_channels": 1,
-            "hidden_dim": 16,
-            "output_dim": 8,
-        },
-    },
-    "data": {"class_path": "ImageData", "init_args": {"dataset": "digits", "batch_size": 16, "num_clients": CLIENTS, "limit_train": 64}},
-    "plugins": [
-        {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blocks.*", "periods_per_stage": 2}},
-        {"class_path": "FedEMA"},
-        {"class_path": "Quantization"},
-    ],
-    "federation": {"rounds": 3, "seed": 5, "accelerator": "cpu", "progress": False},
-    "loggers": [],
-}
-
+SPEC = importlib.util.spec_from_file_location("on_superlink", Path(__file__).parents[2] / "benchmarks" / "on_superlink.py")
+on_superlink = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(on_superlink)
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("FEATHERLIGHT_SUPERLINK"),
     reason="a process for every message, minutes: FEATHERLIGHT_SUPERLINK=1 pytest tests/flower/test_superlink.py runs it",
 )
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """One for all."""
+    with on_superlink.deployed(tmp_path_factory.mktemp("superlink")) as started:
+        yield started
 
 
 def rows(folder):
@@ -53,21 +38,27 @@ def rows(folder):
     return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in told]
 
 
-def test_three_rounds_on_a_superlink_are_those_of_the_built_in_loop(tmp_path, superlink, capsys):
-    text = yaml.safe_dump(CONFIGURATION)
-    (tmp_path / "config.yaml").write_text(text)
-    here, there = tmp_path / "here", tmp_path / "there"
-    federate(["-c", str(tmp_path / "config.yaml")], folder=here)
-    write_app(tmp_path / "app", text, "small")
-    with superlink(tmp_path, CLIENTS) as deployment:
-        deployment.run(tmp_path / "app", "--run-config", f'arguments="--federation.folder={there}"')
-        deployment.until(checkpoint.path_of(there, 3).exists, "three rounds are over")
-        write_credentials(tmp_path / "stranger", ["127.0.0.1"], 1)
-        code, said = deployment.try_node(tmp_path / "stranger" / "node-0")
-    one, other = (checkpoint.read_newest(folder)[1] for folder in (here, there))
-    assert one["round"] == other["round"] == 3
-    assert one["server"].keys() == other["server"].keys()
-    assert not [name for name, value in one["server"].items() if not torch.equal(value, other["server"][name])]
-    assert rows(here) == rows(there)
+@pytest.mark.parametrize("way", ["LayerFreezing + FedEMA + Quantization", "IntrinsicProjection"])
+def test_three_rounds_on_a_superlink_are_those_of_the_built_in_loop(way, deployment):
+    compared = on_superlink.compare(deployment, way)
+    assert compared.there is not None, compared.said
+    assert compared.there["round"] == compared.here["round"] == 3
+    assert compared.apart() <= on_superlink.WAYS[way].tolerance
+    there, here = compared.traffic()
+    assert there == here
+    if way != "IntrinsicProjection":
+        (there,) = deployment.folder.glob("LayerFreezing*/there")
+        assert rows(there) == rows(there.parent / "here")
+
+
+def test_what_is_refused_is_refused_with_the_reason(deployment):
+    compared = on_superlink.compare(deployment, "PartitionedTraining")
+    assert compared.there is None
+    assert on_superlink.WAYS["PartitionedTraining"].refused in compared.said
+
+
+def test_a_supernode_with_a_key_of_its_own_is_not_let_in(deployment, tmp_path):
+    write_credentials(tmp_path / "stranger", ["127.0.0.1"], 1)
+    code, said = deployment.try_node(tmp_path / "stranger" / "node-0")
     assert code
     assert "SuperNode ID" not in said
