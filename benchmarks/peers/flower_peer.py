@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from functools import lru_cache
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")  # on a machine with other work to do
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -84,7 +86,11 @@ def main(path: str, answer: str) -> None:
         laps.write(answer, {name: last[name] for name in job.weights})
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": job.settings.processes}}
-    run_simulation(server_app, client_app, num_supernodes=job.num_clients, backend_config=resources)
+    try:
+        run_simulation(server_app, client_app, num_supernodes=job.num_clients, backend_config=resources)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the server's thread waits for nodes that will not come
 
 
 if __name__ == "__main__":
