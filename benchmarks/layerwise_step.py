@@ -11,7 +11,7 @@ turns on one thread; figures are medians. Where the last stage's loss is not tha
 mode by hand, or a way's differs from the plain one's, this stops.
 
 Predicted twice, from a step counted on tensors without data: by FLOPs (of matrix products, convolutions, attention) alone; and by FLOPs
-and the bytes that all other operators read and write, each at the rate that the end-to-end step has here (from one profile of it).
+and the bytes that all other operators read and write, each at the rate that operators of the end-to-end step have here.
 Memory: the peak of all tensors alive (on CUDA the allocator's), really and predicted. `x` is measured over predicted: 1.1 or less is
 the goal.
 """
@@ -19,12 +19,9 @@ the goal.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch
 from lightning.fabric.plugins import MixedPrecision, Precision
@@ -50,7 +47,6 @@ STAGES = {"vit_tiny": 12, "resnet18_cifar": 4}
 WAYS = ("plain", "fused", "foreach", "inference", "channels_last", "bf16", "compile", "unshared")
 ROUGH = ("bf16", "compile")
 """Ways that may round otherwise."""
-COMPUTE = ("mm", "conv", "scaled_dot_product", "flash_attention", "efficient_attention")
 MIB = 2**20
 
 
@@ -113,8 +109,7 @@ class Stepper:
         return loss
 
     def cost(self) -> StepCost:
-        """Of a later step: a first one makes the optimizer's state."""
-        self.step()
+        """Of a step behind the first, which makes the optimizer's state."""
         return self.local.metered(self.model, self.optimizer, self.batch, self.clock)[1]
 
 
@@ -142,31 +137,42 @@ def predicted(backbone: str, stage: int | None, options: argparse.Namespace) -> 
         model = METHODS[options.method](backbone, temperature=0.2)
     with FakeTensorMode(allow_non_fake_inputs=True):
         stepper = Stepper(backbone, stage, "plain", options, model.to_empty(device="cpu"))
-        cost = stepper.cost()
+        stepper.step()
         with Moved() as moved:
-            stepper.step()
+            cost = stepper.cost()
     return Predicted(cost.flops_forward + cost.flops_backward, moved.bytes, cost.peak_bytes)
 
 
-class Shares(NamedTuple):
-    """Seconds of a step: in operators that have FLOPs, in the optimizer, in all others."""
+class Shares(TorchDispatchMode):
+    """Seconds of one step: in operators that have FLOPs, in the optimizer's, in all others, and between operators."""
 
-    flops: float
-    optimizer: float
-    others: float
-
-    @classmethod
-    def of(cls, stepper: Stepper) -> Shares:
-        gpu = stepper.batch[1].is_cuda
-        activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
-        with torch.profiler.profile(activities=activities) as run:
+    def __init__(self, stepper: Stepper, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.seconds = {"with FLOPs": 0.0, "the optimizer's": 0.0, "others": 0.0}
+        self._device, self._now, self._optimizing = options.device, CLOCKS[options.clock], False
+        hooks = stepper.optimizer.register_step_pre_hook(self._begins), stepper.optimizer.register_step_post_hook(self._ends)
+        started = self._now()
+        stepper.step()
+        whole = self._now() - started
+        with self:
             stepper.step()
-        events = run.key_averages()
-        own = {event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6 for event in events}
-        whole = {event.key: (event.device_time_total if gpu else event.cpu_time_total) / 1e6 for event in events}
-        flops = sum(seconds for key, seconds in own.items() if any(name in key for name in COMPUTE))
-        optimizer = sum(seconds for key, seconds in whole.items() if key.startswith("Optimizer.step"))
-        return cls(flops, optimizer, sum(own.values()) - flops - optimizer)
+        self.seconds["between"] = max(0.0, whole - sum(self.seconds.values()))
+        for hook in hooks:
+            hook.remove()
+
+    def _begins(self, *_: Any) -> None:
+        self._optimizing = True
+
+    def _ends(self, *_: Any) -> None:
+        self._optimizing = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = self._now()
+        out = func(*args, **(kwargs or {}))
+        _wait(self._device)
+        kind = "with FLOPs" if func._overloadpacket in flop_registry else "the optimizer's" if self._optimizing else "others"
+        self.seconds[kind] += self._now() - started
+        return out
 
 
 def by_hand(backbone: str, options: argparse.Namespace) -> float:
@@ -209,8 +215,8 @@ def study(backbone: str, options: argparse.Namespace, console: Console) -> None:
     counted = [predicted(backbone, stage, options) for stage in (None, *(stage - 1 for stage in stages))]
     peaks = [stepper.cost().peak_bytes for stepper in (whole, *staged)]
     seconds = timed([whole, *staged], options)
-    shares = Shares.of(whole)
-    rates = counted[0].flops / shares.flops, counted[0].moved / (shares.optimizer + shares.others)
+    shares = Shares(whole, options).seconds
+    rates = counted[0].flops / shares["with FLOPs"], counted[0].moved / (shares["the optimizer's"] + shares["others"])
     modelled = [cost.flops / rates[0] + cost.moved / rates[1] for cost in counted]
     title = f"{backbone}, {options.method}, batch {options.batch}, {options.device}, {options.clock} time, torch {torch.__version__}"
     table = Table(title=f"{title}: a step's share of end to end's")
@@ -226,8 +232,8 @@ def study(backbone: str, options: argparse.Namespace, console: Console) -> None:
     console.print(table)
     if options.profile:
         for stage, stepper in zip(("end to end", *stages), (whole, *staged)):
-            told = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in Shares.of(stepper)._asdict().items())
-            console.print(f"    {stage}: ms in operators with FLOPs, in the optimizer, in others: {told}")
+            told = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in Shares(stepper, options).seconds.items())
+            console.print(f"    {stage}: ms in operators: {told}")
     if ways := [way for way in options.ways if way != "plain"]:
         otherwise(backbone, stages, first, ways, options, console)
 

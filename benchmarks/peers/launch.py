@@ -66,7 +66,7 @@ def run(peer: str, job: Job, python: str = sys.executable, settings: dict[str, A
         settings: of our federation, beside the job's.
 
     Raises:
-        SystemExit: it ended without an answer.
+        RuntimeError: it ended without an answer.
     """
     benchmarks = str(HERE.parent)
     ours = [] if peer in NEEDED else [os.environ.get("PYTHONPATH", "")]
@@ -77,7 +77,7 @@ def run(peer: str, job: Job, python: str = sys.executable, settings: dict[str, A
         variables = {**os.environ, **THREADS, "PFL_PYTORCH_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join([benchmarks, *filter(None, ours)])}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=folder)
         if not answer.exists():
-            raise SystemExit(f"{peer} ended with {done.returncode} and no answer:\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"{peer} ended with {done.returncode} and no answer:\n{done.stderr[-3000:]}")
         with np.load(answer) as file:
             laps, mib = file["at"].tolist(), float(file["mib"])
             weights = [torch.from_numpy(file[name]) for name in sorted(file.files) if name.isdigit()]
