@@ -2,6 +2,7 @@
 
     python benchmarks/loop_overhead.py                 about two minutes
     python benchmarks/loop_overhead.py --clock cpu     by processor time: on a machine that has other work to do
+    python benchmarks/loop_overhead.py --peers         beside pfl, Flower's simulation and a Trainer for each client: some minutes more
 
 FedAvg: 10 rounds of 10 clients that take 4 steps each on batches of 32, plain SGD, one thread; a linear model (30,730 parameters) and a
 perceptron (1.6 M). The bare loop (small_models.py) takes the same steps from the same weights in the same order. All take turns,
@@ -12,6 +13,9 @@ Ours has all on that a run has: costs counted as they are (first steps metered, 
 a line a round in metrics.jsonl and to a logger; checkpoints have a row of their own. "whole run" counts everything from the call of
 ``run`` on, the model's set-up and the metered steps among it; "later rounds" is a visit's median in rounds 2 and on.
 
+Peers do the same work in processes and virtual environments of their own (peers/launch.py makes them); of theirs, too, "later rounds"
+is a visit's median in rounds 2 and on, by processor time that of all their processes.
+
 What cannot go away (the floor), for D parameters: an update is serialised (D float32 read, D written) and read; magnitudes
 are looked at as it is added (D read); exact sums of float64 are read and written (16 D bytes). Some 28 D bytes of memory's traffic a
 visit, of which the bare loop's sum has 12 D. Where weights have many bits sums have two parts, and 16 D bytes more.
@@ -21,9 +25,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
+from typing import Any
 
-from our_loop import CLOCKS, Ours, compare, quiet
-from small_models import Work, bare, spread
+import torch
+from our_loop import CLOCKS, Net, Ours, compare, quiet
+from peers.job import Job, Settings
+from peers.launch import NEEDED, VENVS, environment, run
+from small_models import LR, Work, bare, spread
 from torch import Tensor, nn
 
 WORK = {"clients": 10, "steps": 4, "batch": 32}
@@ -36,21 +45,69 @@ def on_fabric(model: nn.Module, work: Work) -> list[Tensor]:
     return bare(model, work, fabric=Fabric(accelerator="cpu", devices=1))
 
 
+def a_trainer_each(model: nn.Module, work: Work) -> list[Tensor]:
+    """The bare loop, with a Trainer made for each client's turn."""
+    from lightning.pytorch import Trainer
+    from torch.utils.data import DataLoader
+
+    plain: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    net, parameters = Net(model), list(model.parameters())
+    server = [value.detach().clone() for value in parameters]
+    for _ in range(work.rounds):
+        total = [torch.zeros_like(value) for value in server]
+        for batches in work.batches:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, server)
+            Trainer(max_epochs=1, accelerator="cpu", devices=1, **plain).fit(net, DataLoader(batches, batch_size=None))
+            with torch.no_grad():
+                torch._foreach_add_(total, parameters, alpha=1 / len(work.batches))
+        server = total
+    return server
+
+
+class Peer:
+    """A peer over the same work; keeps what a visit took in rounds after the first, in ms.
+
+    Args:
+        peer: of :data:`peers.launch.NEEDED`; python: its interpreter; model: of ``small_models.MODELS``; clock: of ``CLOCKS``.
+    """
+
+    def __init__(self, peer: str, python: str, model: str, clock: str) -> None:
+        self._peer, self._python, self._model, self._clock = peer, python, model, clock
+        self.later: list[float] = []
+
+    def __call__(self, model: nn.Module, work: Work) -> list[Tensor]:
+        images, labels = (torch.cat([batch[part] for batches in work.batches for batch in batches]) for part in (0, 1))
+        clients, samples, batch = len(work.batches), len(labels) // len(work.batches), len(work.batches[0][0][1])
+        settings = Settings(self._model, LR, samples, batch, clock=self._clock)
+        cohorts = torch.arange(clients).repeat(work.rounds, 1)
+        answer = run(self._peer, Job(settings, images, labels, cohorts, model.state_dict()), self._python)
+        self.later.append(1e3 * statistics.median(answer.seconds) / clients)
+        return answer.weights
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["linear", "MLP"], choices=["linear", "MLP"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--runs", type=int, default=7, help="medians of so many")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--peers", nargs="*", choices=list(NEEDED), help="those named, or all")
+    parser.add_argument("--venvs", type=Path, default=VENVS, help="where peers' environments are, or are made")
     arguments = parser.parse_args()
     quiet()
+    pythons = {} if arguments.peers is None else {peer: environment(peer, arguments.venvs) for peer in arguments.peers or NEEDED}
     work = Work.random(arguments.rounds, **WORK)
     for name in arguments.models:
         ours = Ours(arguments.clock)
         ways = {"Fabric, set up once": on_fabric, "ours, whole run": ours}
         ways["ours, whole run, a checkpoint a round"] = Ours(arguments.clock, checkpoint_every=1)
+        peers = {peer: Peer(peer, python, name, arguments.clock) for peer, python in pythons.items()}
+        ways |= {**({"a Trainer for each client": a_trainer_each} if pythons else {}), **peers}
         took = compare(ways, name, work, arguments.runs, arguments.clock)
         took["ours, later rounds"] = ours.later[1:]
+        took |= {f"{peer}, later rounds": way.later[1:] for peer, way in peers.items()}
+        took = {way: values for way, values in took.items() if way not in peers}  # their start is another's matter
         bare = took.pop("bare")
         print(f"{name}: bare loop {spread(bare)} ms a visit ({arguments.clock} time, {len(bare)} repetitions); above it:")
         for way, values in took.items():

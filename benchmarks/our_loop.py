@@ -26,15 +26,15 @@ Way = Callable[[nn.Module, Work], Sequence[Tensor]]
 class Net(LightningModule):
     """A model, its loss and its optimizer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lr: float = LR) -> None:
         super().__init__()
-        self.net = model
+        self.net, self.lr = model, lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), LR)
+        return torch.optim.SGD(self.parameters(), self.lr)
 
 
 class Clocked(Logger):

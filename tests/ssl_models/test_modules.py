@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from featherlight.plugins import Clock, LayerFreezing
+from featherlight.plugins.step_cost import StepMeter
 from featherlight.ssl_models import BYOL, Accuracy, Classifier, MoCoV3, SimCLR, accuracy
 from featherlight.ssl_models.backbones import fixed_size
 from featherlight.ssl_models.learner import Learner
@@ -102,6 +104,22 @@ def test_target_moves_by_the_formula_where_the_online_branch_trains(model: type[
             assert not torch.equal(value, old)
         else:
             assert torch.equal(value, old), name
+
+
+def test_of_all_tokens_a_trained_block_and_the_norm_behind_it_keep_what_they_must() -> None:
+    images, side, width = 8, 8, 32
+    model = SimCLR(
+        "vit", image_size=side, backbone_options={"depth": 2, "width": width, "heads": 2, "patch_size": 2}, hidden_dim=4, output_dim=4
+    )
+    plugin = LayerFreezing("backbone.blocks.*")
+    plugin.attach(model)
+    plugin.advance(Clock(1))
+    with StepMeter(model) as meter:
+        model.view_loss(*torch.randn(2, images, 3, side, side))
+        meter.forward_is_done()
+    tokens = 2 * images * ((side // 2) ** 2 + 1) * width * 4  # bytes of all tokens, once
+    # inputs of: norm, qkv; attention (q, k, v); projection; norm, first layer; activation and second layer (four times as wide); last norm
+    assert tokens * (1 + 1 + 3 + 1 + 1 + 1 + 4 + 4 + 1) < meter.cost.saved_bytes < 17.5 * tokens
 
 
 def test_target_moves_once_an_optimizer_step() -> None:
