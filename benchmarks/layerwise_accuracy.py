@@ -79,6 +79,9 @@ JUDGES = {"knn": "kNN", "linear": "linear probe", "finetune": "fine-tuned"}
 def fewer(folder: str, test: int, out: Path) -> Path:
     """A folder of links to all training images and to ``test`` test images, as many of every class, so that no others are decoded."""
     root, target = Path(folder), out / f"test-{test}"
+    linked = target / "train"
+    if linked.is_symlink() and linked.readlink() != (root / "train").resolve():
+        raise SystemExit(f"{target} has pictures of {linked.readlink()}: give another --out for those of {folder}")
     classes = sorted(path for path in (root / "test").iterdir() if path.is_dir())
     for one in classes:
         (target / "test" / one.name).mkdir(parents=True, exist_ok=True)
@@ -86,8 +89,8 @@ def fewer(folder: str, test: int, out: Path) -> Path:
             link = target / "test" / one.name / picture.name
             if not link.exists():
                 link.symlink_to(picture.resolve())
-    if not (target / "train").exists():
-        (target / "train").symlink_to((root / "train").resolve())
+    if not linked.is_symlink():
+        linked.symlink_to((root / "train").resolve())
     return target
 
 

@@ -80,6 +80,8 @@ def main() -> None:
         table.add_column(heading, justify="right")
     for stage in options.stages:
         (slow, twice, wanted), (fast, once, got) = (measure(share, stage - 1, views, options) for share in (False, True))
+        if [one is None for one in wanted] != [one is None for one in got]:
+            raise SystemExit(f"stage {stage}: sharing the prefix changes which parameters have a gradient")
         pairs = [(one, other) for one, other in zip(wanted, got, strict=True) if one is not None and other is not None]
         table.add_row(
             f"{stage}",

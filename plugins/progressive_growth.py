@@ -30,8 +30,9 @@ class ProgressiveGrowth(Staged):
         tail: Sequence[str] | None = None,
         targets: Literal["auto"] | dict[str, str] = "auto",
         share_prefix: bool = True,
+        periods: int | None = None,
     ) -> None:
-        super().__init__(blocks, blocks_per_stage, periods_per_stage, init, True, adapters, stem, tail, targets, share_prefix)
+        super().__init__(blocks, blocks_per_stage, periods_per_stage, init, True, adapters, stem, tail, targets, share_prefix, periods)
         if warmup_periods < 0:
             raise ValueError(f"warmup_periods={warmup_periods}: give 0 or more periods")
         self.warmup_periods = warmup_periods

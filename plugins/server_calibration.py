@@ -22,7 +22,7 @@ class ServerCalibration(Plugin):
     round of which no client's update could be used. For federations only.
 
     Args:
-        epochs: passes over the server's data after each round.
+        epochs: passes over the server's data after each round; 0: none, as if it were left out.
         lr_factor: what the round's learning rate is multiplied by on the server (1: a choice of this project).
 
     Raises:
@@ -31,8 +31,8 @@ class ServerCalibration(Plugin):
     """
 
     def __init__(self, epochs: int = 1, lr_factor: float = 1.0) -> None:
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-            raise ValueError(f"epochs={epochs}: give a whole number of 1 or more, or leave ServerCalibration out")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            raise ValueError(f"epochs={epochs}: give a whole number, 0 for no calibration")
         if not 0 < lr_factor < float("inf"):
             raise ValueError(f"lr_factor={lr_factor}: give a number above 0")
         self.epochs = epochs
@@ -42,6 +42,8 @@ class ServerCalibration(Plugin):
         self._model = model
         self._fixed = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
 
-    def calibration(self, clock: Clock) -> Calibration:
+    def calibration(self, clock: Clock) -> Calibration | None:
+        if not self.epochs:
+            return None
         own = tuple(parameter for parameter in self._model.parameters() if id(parameter) not in self._fixed)
         return Calibration(self.epochs, self.lr_factor, own)

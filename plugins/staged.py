@@ -25,6 +25,8 @@ class Staged(Plugin):
         blocks_per_stage: how many blocks each stage adds, or a list of counts that add up to the number of blocks.
         periods_per_stage: epochs (Trainer) or rounds (federation) of each stage, or a list with one entry a stage; the last
             stage goes on to the end of training.
+        periods: in place of ``periods_per_stage``, epochs or rounds of all stages together, which share them evenly, however many
+            they are; earlier ones get no fewer.
         init: what a new block starts from: its own ``"random"`` values, or a copy of the block before (``"copy_previous"``).
         grow: leave the blocks above the stage out of the model.
         adapters: a linear layer from the newest block's width to the last block's, for stages where they differ:
@@ -54,11 +56,16 @@ class Staged(Plugin):
         tail: Sequence[str] | None = None,
         targets: Literal["auto"] | dict[str, str] = "auto",
         share_prefix: bool = True,
+        periods: int | None = None,
     ) -> None:
         for name, value in (("blocks_per_stage", blocks_per_stage), ("periods_per_stage", periods_per_stage)):
             counts = [value] if isinstance(value, int | float) else list(value)
             if not counts or any(not isinstance(count, int) or isinstance(count, bool) or count < 1 for count in counts):
                 raise ValueError(f"{name}={value!r}: give a count of at least 1, or a list of such counts")
+        if periods is not None and (not isinstance(periods, int) or isinstance(periods, bool) or periods < 1):
+            raise ValueError(f"periods={periods!r}: give a count of at least 1, or leave it out")
+        if periods is not None and periods_per_stage != 1:
+            raise ValueError(f"periods={periods} and periods_per_stage={periods_per_stage!r} both say how long stages are: leave one out")
         if init not in ("random", "copy_previous"):
             raise ValueError(f"init={init!r} is not known; use 'random' or 'copy_previous'")
         if adapters not in ("auto", "none"):
@@ -73,6 +80,7 @@ class Staged(Plugin):
         self.tail = [tail] if isinstance(tail, str) else tail
         self.targets = targets
         self.share_prefix = share_prefix
+        self.periods = periods
         self._frozen: list[nn.Module] = []
         self._shared: list[SharedPrefix] = []
         self._alike: tuple[int, bool] = (-1, False)
@@ -194,6 +202,12 @@ class Staged(Plugin):
 
     def _begin(self, n_stages: int) -> list[int]:
         """First period of each stage."""
+        if self.periods is not None:
+            if self.periods < n_stages:
+                raise ValueError(
+                    f"periods={self.periods} are too few for {n_stages} stages: give at least one for each, or more blocks_per_stage"
+                )
+            return [-(-self.periods * stage // n_stages) for stage in range(n_stages)]
         if isinstance(self.periods_per_stage, int):
             return [self.periods_per_stage * stage for stage in range(n_stages)]
         lengths = list(self.periods_per_stage)

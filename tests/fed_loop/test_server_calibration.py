@@ -46,6 +46,17 @@ class Watch(Plugin):
         self._seen.append(copy.deepcopy(server.state_dict()))
 
 
+def test_without_epochs_it_is_as_if_left_out(ssl, digits, federation, same, figures):
+    modules, results = zip(
+        *(
+            (module := ssl("simclr"), federation(2).run(module, digits(num_clients=2, limit_train=70), plugins))
+            for plugins in ([], [ServerCalibration(epochs=0)])
+        )
+    )
+    same(modules[1].state_dict(), modules[0].state_dict())
+    assert figures(results[1]) == figures(results[0])
+
+
 @pytest.mark.parametrize("model", METHODS)
 def test_predicted_is_measured(model, ssl, digits, federation, cost_of):
     """End to end, with a frozen prefix, and with a growing model; blocks are left out of clients' turns, but not of the server's."""

@@ -100,6 +100,12 @@ def test_schedules(make_tiny, periods, stages):
     assert [plugin.stage(period) for period in range(len(stages))] == stages
 
 
+@pytest.mark.parametrize(("blocks", "each", "starts"), [(4, 1, [0, 3, 5, 8]), (4, 2, [0, 5]), (4, 3, [0, 5]), (3, 1, [0, 4, 7])])
+def test_stages_share_the_periods_evenly(make_tiny, blocks, each, starts):
+    plugin = attached(make_tiny(blocks), blocks="layers.*", blocks_per_stage=each, periods=10)
+    assert [plugin.stage(period) for period in range(15)] == [sum(period >= start for start in starts) - 1 for period in range(15)]
+
+
 def test_features_of_a_stage_are_its_newest_blocks_through_the_tail(make_tiny, images):
     model = make_tiny(3)
     plugin = attached(model, blocks="layers.*")
@@ -226,6 +232,9 @@ def test_detach_leaves_an_ordinary_model(period, make_resnet, images):
             {"periods_per_stage": [1] * 5},
             r"makes 5 stages, but 4 blocks at blocks_per_stage=1 make 4: shorten the list or name finer blocks",
         ),
+        ({"periods": 0}, r"periods=0: give a count of at least 1, or leave it out"),
+        ({"periods": 3}, r"periods=3 are too few for 4 stages: give one for each, or more blocks_per_stage"),
+        ({"periods": 8, "periods_per_stage": 2}, r"periods=8 and periods_per_stage=2 both say how long stages are: leave one out"),
         ({"periods_per_stage": [1, 2]}, r"has 2 entries for 4 stages: give one for each"),
         ({"blocks": "layer.*"}, r'block "layer\.\*" not found; this Tiny has: embed, layers, norm, head'),
         ({"blocks": "layers"}, r"ModuleList has none: name its items, as in 'layers\.\*'"),
