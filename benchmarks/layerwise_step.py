@@ -144,19 +144,15 @@ def predicted(backbone: str, stage: int | None, options: argparse.Namespace) -> 
 
 
 class Shares(TorchDispatchMode):
-    """Seconds of one step: in operators that have FLOPs, in the optimizer's, in all others, and between operators."""
+    """Seconds of one step: in operators that have FLOPs, in the optimizer's, in all others."""
 
     def __init__(self, stepper: Stepper, options: argparse.Namespace) -> None:
         super().__init__()
         self.seconds = {"with FLOPs": 0.0, "the optimizer's": 0.0, "others": 0.0}
         self._device, self._now, self._optimizing = options.device, CLOCKS[options.clock], False
         hooks = stepper.optimizer.register_step_pre_hook(self._begins), stepper.optimizer.register_step_post_hook(self._ends)
-        started = self._now()
-        stepper.step()
-        whole = self._now() - started
         with self:
             stepper.step()
-        self.seconds["between"] = max(0.0, whole - sum(self.seconds.values()))
         for hook in hooks:
             hook.remove()
 

@@ -63,7 +63,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
     images, labels = noise(count) if arguments.random else pictures(arguments.data / "train", count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     cohorts = [sample(arguments.users, arguments.cohort, 0, round) for round in range(arguments.rounds)]
-    settings = Settings("CNN", arguments.lr, SAMPLES, BATCH, clock=arguments.clock)
+    settings = Settings("CNN", arguments.lr, SAMPLES, BATCH, clock=arguments.clock, channels_last=arguments.channels_last)
     return Job(settings, images[order], labels[order], torch.tensor(cohorts), make("CNN").state_dict())
 
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--peers", nargs="*", default=list(NEEDED), choices=list(NEEDED))
     parser.add_argument("--ours", type=json.loads, default={}, help="more settings of our federation, as '{\"client_batch\": 10}'")
+    parser.add_argument("--channels-last", action="store_true", help="everybody's model laid out so")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--venvs", type=Path, default=VENVS, help="where peers' environments are, or are made")
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ class Settings:
     Args:
         model: of ``small_models.MODELS``; lr: of clients' plain SGD; the server takes the mean.
         samples: of each client; batch: of a step; processes: that share a round's clients.
-        clock: ``"wall"`` or ``"cpu"``, by which laps are counted.
+        clock: ``"wall"`` or ``"cpu"``, by which laps are counted; channels_last: everybody's model is laid out so.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Settings:
     batch: int
     processes: int = 1
     clock: str = "wall"
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Job:
         """With its first weights."""
         model = MODELS[self.settings.model]()
         model.load_state_dict(dict(self.weights))
-        return model
+        return model.to(memory_format=torch.channels_last) if self.settings.channels_last else model
 
     def save(self, path: Path) -> None:
         weights = {f"weights.{name}": value.numpy() for name, value in self.weights.items()}

@@ -15,6 +15,7 @@ from our_loop import Net, quiet
 from peers.job import Job, Laps, arguments
 
 from featherlight.fed_loop import Federation
+from featherlight.fed_loop.cohort import sample
 
 
 class JobData:
@@ -59,6 +60,8 @@ def main() -> None:
     job, answer = arguments()
     quiet()
     rounds, cohort = job.cohorts.shape
+    drawn = [sample(job.num_clients, cohort, 0, round) for round in range(rounds)]
+    assert drawn == job.cohorts.tolist(), "the job's cohorts are not those that our federation draws from seed 0"
     net, laps = Net(job.model(), job.settings.lr), Laps(job.settings)
     own = {"checkpoint_every": 0, "progress": False, "accelerator": "cpu", "devices": job.settings.processes, **json.loads(sys.argv[3])}
     federation = Federation(rounds, cohort=cohort, folder=f"{answer}.run", **own)
