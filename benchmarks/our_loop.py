@@ -97,5 +97,6 @@ def compare(ways: Mapping[str, Way], name: str, work: Work, runs: int, clock: st
 def quiet() -> None:
     """One thread, and no word of Lightning's."""
     torch.set_num_threads(1)
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
