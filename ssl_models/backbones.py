@@ -66,6 +66,20 @@ def fixed_size(backbone: nn.Module) -> tuple[int, int] | None:
 
 
 # -- vision transformers --------------------------------------------------------------------------------------------
+class Apart(nn.Module):
+    """Copies what is a part of a larger tensor, so that whoever keeps it for backward does not keep all of that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
+def _with_own_token(model: nn.Module) -> nn.Module:
+    """A class token is a view of all tokens: a copy of it is all that heads need."""
+    if isinstance(getattr(model, "head", None), nn.Identity):
+        model.head = Apart()
+    return model
+
+
 def vit(
     image_size: int,
     in_channels: int,
@@ -100,7 +114,7 @@ def vit(
         global_pool="avg" if pool == "mean" else "token",
         fc_norm=False,  # one norm, in front of the pooling, either way
     )
-    return _with_feature_dim(model, width)
+    return _with_feature_dim(_with_own_token(model), width)
 
 
 def vit_tiny(
@@ -287,7 +301,7 @@ def from_timm(name: str, image_size: int, in_channels: int, pretrained: bool, **
         model = timm.create_model(name, pretrained, img_size=image_size, **options)
     except TypeError:  # convolutional networks take images of any size, and refuse the argument
         model = timm.create_model(name, pretrained, **options)
-    return _with_feature_dim(model, getattr(model, "head_hidden_size", None) or model.num_features)
+    return _with_feature_dim(_with_own_token(model), getattr(model, "head_hidden_size", None) or model.num_features)
 
 
 def from_torchvision(name: str, image_size: int, in_channels: int, pretrained: bool, **options: Any) -> nn.Module:

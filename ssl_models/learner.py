@@ -63,8 +63,7 @@ class Learner(LightningModule):
             ValueError: images of another shape than the backbone was made for.
         """
         self.check_images(x)
-        # a class token is a view of all tokens, which would be kept for backward with it: a copy of it is all that heads need
-        return self.backbone(x).contiguous()
+        return self.backbone(x)
 
     def check_images(self, x: Tensor) -> None:
         """Refuse images ``(N, C, H, W)`` that the backbone cannot take: of other channels, or of another size where it has a fixed one.

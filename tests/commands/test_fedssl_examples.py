@@ -1,6 +1,7 @@
 """LW-FedSSL's and Prog-FedSSL's configurations as a user runs them, at the size of the digits, with each of the three methods."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def train(way: tuple[str, str], method: str, *more: str) -> list[dict[str, float
     model = [f"--model={value}" for value in own.values()] + [f"--model.init_args.{name}={value}" for name, value in MODEL.items()]
     model += [f"--model.init_args.backbone_options={json.dumps(VIT)}"]
     stages = [] if "--plugins=[]" in more else [f"--plugins.{growth}.periods=3"]
-    main(["federate", "-c", str(CONFIGS / f"{config}.yaml"), *model, *options, *stages, "--federation.folder=run", *more])
-    history = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    folder = Path(tempfile.mkdtemp(dir="."))
+    main(["federate", "-c", str(CONFIGS / f"{config}.yaml"), *model, *options, *stages, f"--federation.folder={folder}", *more])
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["rejected"] for row in history] == [0, 0, 0]
     assert {"knn", "linear"} <= history[-1].keys()
     return history
