@@ -44,6 +44,8 @@ class SummedUp:
             found: dict[int, Any] = {}
             for client, (text, _) in self._ask(kind, contents, round, failed).items():
                 try:
+                    if len(text) > 2**16 + 2**12 * len(by_client):
+                        raise ValueError(f"{len(text)} characters")
                     found[client] = json.loads(text)
                     check(client, found[client])
                 except (ValueError, TypeError, RecursionError) as error:
