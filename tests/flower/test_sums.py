@@ -16,8 +16,8 @@ FREEZING = {"class_path": "LayerFreezing", "init_args": {"blocks": "backbone.blo
 NODES = tuple({"partition-id": number, "secure": True} for number in range(4))
 OPEN = tuple({"partition-id": number} for number in range(4))
 WAYS = {
-    "LayerFreezing": [FREEZING, {"class_path": "Quantization", "init_args": {}}],
-    "DepthDropout and top-k": [
+    "LayerFreezing, depth dropout and top-k": [
+        FREEZING,
         {"class_path": "DepthDropout", "init_args": {"blocks": "backbone.blocks.*"}},
         {"class_path": "TopK", "init_args": {"k": 50}},
     ],
@@ -164,7 +164,7 @@ def test_a_client_that_sends_rubbish_spoils_a_round_and_not_the_weights(configur
     assert all(torch.equal(value, last["server"][name]) for name, value in first["server"].items())
 
 
-@pytest.mark.parametrize("hostile", [[], {}, ["no key", "neither"], 3, None], ids=repr)
+@pytest.mark.parametrize("hostile", [{}, ["no key", "neither"]], ids=repr)
 def test_an_answer_that_cannot_be_read_leaves_its_client_out(hostile, configured, serve, monkeypatch):
     from featherlight.flower import client
 
