@@ -1,6 +1,6 @@
 """Kill runs anywhere, damage what they leave, take their disk away; resume them, and compare with what nobody disturbed, bit for bit.
 
-    python benchmarks/kill_anywhere.py                              every method and fault, 10 times each: about HOUR of one core
+    python benchmarks/kill_anywhere.py                              every method and fault, 10 times each: about an hour of one core
     python benchmarks/kill_anywhere.py --times 40 --out faults.json stopped and called again it goes on; the table is of all calls
     python benchmarks/kill_anywhere.py --times 100 --methods top-k intrinsic --faults killed
 

@@ -1,6 +1,6 @@
 """Accuracy against ε: noise on all D numbers of an update, or on the d that intrinsic projection sends of it.
 
-    python benchmarks/private_training.py                       digits, two networks, 200 clients of 7 images: half an hour of one core
+    python benchmarks/private_training.py                       digits, two networks, 200 clients of 7 images: an hour of one core
     python benchmarks/private_training.py --data FOLDER         a ResNet-9; FOLDER has train/CLASS/*.jpg and test/CLASS/*.jpg (hours)
 
 Clients come by Poisson sampling; ε is of any one client, added or removed (where all come: zeroed), at δ = 1 / (10 · clients), after all

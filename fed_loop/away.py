@@ -205,6 +205,7 @@ class AwayRounds:
 
     def __init__(self, settings: Federation, trainees: Trainees, data: Any, carrier: Carrier | SumCarrier) -> None:
         self._sum: Tensor | None = None
+        self._forgotten: set[int] = set()  # clients that have lost what they remembered, and have had no turn since
         self._settings, self._trainees, self._data, self._carrier = settings, trainees, data, carrier
         self._serving = Serving(trainees)
 
@@ -217,7 +218,8 @@ class AwayRounds:
         """As :meth:`RoundKind.turns`; of what clients remember the server knows the round at whose end they made it."""
         self._serving.begin_round()
         if isinstance(self._carrier, SumCarrier):
-            yield from self._turns_summed(self._carrier, visits, server, ledger, dict(memories))
+            remembered = {client: memory for client, memory in memories.items() if client not in self._forgotten}
+            yield from self._turns_summed(self._carrier, visits, server, ledger, remembered)
             return
         by_client, remembered = {visit.client: visit for visit in visits}, dict(memories)
         limit = 2**20 + 2 * sum(value.numel() * value.element_size() for value in server.values())
@@ -273,9 +275,12 @@ class AwayRounds:
             turn.kept = own.keeps if turn.steps else {}
             if reply.lost:
                 ledger.visited(turn.client, {})
+                self._forgotten.add(turn.client)
                 turn.reject("it has not what it was to keep: it is sent everything the next time", "no_reply")
             if wrong and turn.counts:
                 turn.reject(wrong)
+            if turn.counts:
+                self._forgotten.discard(turn.client)
             yield turn, {}, {"round": torch.tensor(visits[0].round)} if turn.counts and chain.remembers else {}
 
     def _request(self, visit: Visit, server: Message, ledger: Ledger, memories: Mapping[int, Message], sent: Sent) -> Request:

@@ -44,6 +44,8 @@ class SummedUp:
             found: dict[int, Any] = {}
             for client, (text, _) in self._ask(kind, contents, round, failed).items():
                 try:
+                    if len(text) > 2**16 + 2**12 * len(by_client):
+                        raise ValueError(f"{len(text)} characters")
                     found[client] = json.loads(text)
                     check(client, found[client])
                 except (ValueError, TypeError, RecursionError) as error:
@@ -65,6 +67,7 @@ class SummedUp:
                 if reply.turn.counts and not reply.lost:
                     total += unpack(payload)["whole"].numpy()
         survived = [client for client, reply in replies.items() if reply.turn.counts and not reply.lost]
+        there = len(survived) if len(shares) >= most else len(shares) if len(keys) >= most else len(keys)
         if len(survived) >= most:
             named = partial(_check_named, {str(client) for client in shares})
             given = told("query.unmask", named, {client: {"survived": survived} for client in survived})
@@ -74,8 +77,8 @@ class SummedUp:
                     return self._all(by_client, replies, failed, ""), torch.from_numpy(sum)
                 except (ValueError, KeyError) as error:
                     return self._all(by_client, replies, failed, f"the sum cannot be read: {error}"), None
-            survived = [*given]
-        return self._all(by_client, replies, failed, f"{len(survived)} clients were there to the end, and a sum needs {most}"), None
+            there = len(given)
+        return self._all(by_client, replies, failed, f"{there} of {len(by_client)} clients were there, and a sum needs {most}"), None
 
     def _all(self, requests: Mapping[int, Request], replies: Mapping[int, Reply], failed: Mapping[int, str], why: str) -> list[Reply]:
         """A reply for each request, of which none counts where there is a reason ``why``."""

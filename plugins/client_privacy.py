@@ -20,6 +20,8 @@ from featherlight.plugins.targets import find_targets
 
 TOLERANCE = 10.0
 """So many times as long as honest clients' updates with their noise, an update is rejected."""
+HAIR = 2.0**-40
+"""A part of the bound that float64 stays below it: a norm of many numbers is rounded, too."""
 
 
 class ClientPrivacy(Plugin):
@@ -177,7 +179,9 @@ class ClientPrivacy(Plugin):
         if not isinstance(scale, FakeTensor) and float(scale) == 1.0:
             return message
         return {
-            name: (value.double() * (scale * (1 - torch.finfo(value.dtype).eps))).to(value.dtype) if value.is_floating_point() else value
+            name: (value.double() * (scale * (1 - max(torch.finfo(value.dtype).eps, HAIR)))).to(value.dtype)
+            if value.is_floating_point()
+            else value
             for name, value in message.items()
         }
 

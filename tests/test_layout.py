@@ -143,7 +143,7 @@ METHODS = re.compile(
 HOSTS = [
     *sources("fed_loop"),
     *sources("flower"),
-    *(ROOT / "callbacks" / f"{name}.py" for name in ("cost_monitor", "draws", "fresh_start", "host", "parallel", "saved")),
+    *(ROOT / "callbacks" / f"{name}.py" for name in ("cost_monitor", "draws", "epoch_counts", "fresh_start", "host", "parallel", "saved")),
 ]
 
 
