@@ -1,9 +1,10 @@
 """Every method on one SuperLink with two SuperNodes, TLS and keys on: three rounds each, beside the built-in loop's from the same seed.
 
-    python benchmarks/on_superlink.py                           half an hour of one core: for every message a process imports torch
+    python benchmarks/on_superlink.py                           minutes a row on one core: for every message a process imports torch
     python benchmarks/on_superlink.py --ways TopK PrismSampling
+    python benchmarks/on_superlink.py --ways each               every method by itself, too
 
-A row is a way to train a small vision transformer on digits; with ``featherlight.plugins``' own methods, what goes with them. It has the
+A row is a way to train a small vision transformer on digits, with as many methods at once as go together. It has the
 largest difference between any two weights of both runs at the end; payload bytes of all rounds and clients, the same in both runs or it
 says so; seconds from ``flwr run`` to the end of the run, and those of ``featherlight federate``. What is refused there has the reason in
 its row. The exit code is 1 where weights are further apart than :data:`WAYS` allows, bytes differ, or what should be refused ran.
@@ -87,26 +88,26 @@ METHODS = [
     for name in plugins.__all__
     if isinstance(kind := getattr(plugins, name), type) and issubclass(kind, Plugin) and kind not in (Plugin, Chain)
 ]
+TOGETHER = (
+    ("LayerFreezing", "MOON", "FedEMA", "ServerCalibration", "TopK", "Quantization"),
+    ("PrismSampling", "ProgressiveGrowth", "DepthDropout", "RepresentationAlignment", "Proximal", "NormClipping", "Quantization"),
+)
+PLAIN = {"optimizer": "sgd", "lr": 0.05}
+"""Where clients work weights out by themselves: Adam makes as much of a gradient's last digits as of its first."""
 WAYS: dict[str, Way] = {
     "averaging": Way(),
     **{name: Way(named(name)) for name in METHODS},
-    # clients work weights out by themselves, by plain steps: Adam's make as much of a gradient's last digits as of its first
-    "IntrinsicProjection": Way(named("IntrinsicProjection"), model={"optimizer": "sgd", "lr": 0.05}, tolerance=1e-5),
+    "IntrinsicProjection": Way(named("IntrinsicProjection"), model=PLAIN, tolerance=1e-5),
     "PartitionedTraining": Way(
         named("PartitionedTraining"),
         refused="a model divided between device and server does not run with clients in processes of their own",
     ),
-    **{
-        " + ".join(names): Way(named(*names))
-        for names in (
-            ("LayerFreezing", "ServerCalibration"),
-            ("ProgressiveGrowth", "DepthDropout"),
-            ("LayerFreezing", "FedEMA", "Quantization"),
-            ("TopK", "Quantization"),
-        )
-    },
+    **{" + ".join(names): Way(named(*names)) for names in TOGETHER},
+    "IntrinsicProjection + ClientPrivacy": Way(named("IntrinsicProjection", "ClientPrivacy"), model=PLAIN, tolerance=1e-5),
     "Median": Way(federation={"aggregate": {"class_path": "Median"}}),
 }
+ALL_METHODS = [*(" + ".join(names) for names in TOGETHER), "PartitionedTraining", "IntrinsicProjection + ClientPrivacy", "FetchSGD"]
+"""Ways that have every method of :data:`METHODS` among them, in five runs."""
 
 
 def configuration(way: Way) -> str:
@@ -348,7 +349,8 @@ def row(name: str, compared: Compared) -> tuple[str, bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
+    choices = [*WAYS, "each"]
+    parser.add_argument("--ways", nargs="+", default=ALL_METHODS, choices=choices, metavar="WAY", help=f"of {', '.join(choices)}")
     parser.add_argument("--alive", type=int, help="seconds in place of Flower's 30, for busy machines")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and no process stays behind
@@ -358,7 +360,7 @@ def main() -> None:
         deployed(Path(folder), alive=arguments.alive) as deployment,
     ):
         print("| way | largest difference of a weight | payload bytes | seconds there | here |\n|---|---|---|---|---|")
-        for name in arguments.ways:
+        for name in WAYS if "each" in arguments.ways else arguments.ways:
             with redirect_stdout(sys.stderr):
                 compared = compare(deployment, name)
             line, as_it_should_be = row(name, compared)

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from functools import partial
+from functools import cache, partial
 from itertools import dropwhile
 from pathlib import Path
 
@@ -89,12 +89,17 @@ def python(rest):
         assert f'"{option}"' in source or f"{option.removeprefix('--')}=" in source, f"{rest[0]} has no option {option}"
 
 
+@cache
+def help_of(*words):
+    return subprocess.run([*words, "--help"], capture_output=True, text=True, timeout=120).stdout
+
+
 def flower(command, rest):
     """A command of Flower's, which another machine may be needed for: it has the options that are given."""
     if shutil.which(command) is None:
         return
     words = [word for word in rest[:2] if command == "flwr" and re.fullmatch("run|supernode|register", word)]
-    said = subprocess.run([command, *words, "--help"], capture_output=True, text=True, timeout=120).stdout
+    said = help_of(command, *words)
     assert words or command != "flwr"
     assert not [word for word in rest if word.startswith("--") and word not in said]
 

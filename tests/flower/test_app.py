@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import stat
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
+pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test]'")
 
 from cryptography import x509
 from flwr.app import ConfigRecord, RecordDict
@@ -25,11 +26,19 @@ SPEC = importlib.util.spec_from_file_location("on_superlink", Path(__file__).par
 on_superlink = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(on_superlink)
 WAYS = on_superlink.WAYS
+EACH = bool(os.environ.get("FEATHERLIGHT_SUPERLINK"))
+"""Every method by itself, too: minutes."""
 
 FREEZING = on_superlink.named("LayerFreezing")[0]
 
 
-@pytest.mark.parametrize("way", [name for name, way in WAYS.items() if way.refused is None])
+def test_every_method_is_in_a_run():
+    run = on_superlink.ALL_METHODS
+    assert {one["class_path"] for name in run for one in WAYS[name].plugins} == set(on_superlink.METHODS)
+    assert [name for name in run if WAYS[name].refused] == ["PartitionedTraining"]
+
+
+@pytest.mark.parametrize("way", [name for name in (WAYS if EACH else on_superlink.ALL_METHODS) if WAYS[name].refused is None])
 def test_a_run_leaves_what_the_built_in_loop_leaves(way, serve, tmp_path):
     path, here = tmp_path / "small.yaml", tmp_path / "here"
     path.write_text(on_superlink.configuration(WAYS[way]))

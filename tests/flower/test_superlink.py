@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
+pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test]'")
 
 from featherlight.flower.credentials import write_credentials
 
@@ -38,7 +38,7 @@ def rows(folder):
     return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in told]
 
 
-@pytest.mark.parametrize("way", ["LayerFreezing + FedEMA + Quantization", "IntrinsicProjection"])
+@pytest.mark.parametrize("way", [on_superlink.ALL_METHODS[0], "IntrinsicProjection"])
 def test_three_rounds_on_a_superlink_are_those_of_the_built_in_loop(way, deployment):
     compared = on_superlink.compare(deployment, way)
     assert compared.there is not None, compared.said
