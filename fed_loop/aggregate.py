@@ -149,9 +149,9 @@ class Mean:
             ValueError: it is no sum of updates; nothing has been added then.
         """
         sums, weights = numbers[: 2 * self._sums.size].view(2, -1), numbers[2 * self._sums.size :]
-        most = 2 * BOUND * COARSE, MOST_CLIENTS * FINE
+        most = int(2 * BOUND * COARSE), int(MOST_CLIENTS * FINE)  # not floats: torch would compare in float32
         within = all(bool(((part >= -bound) & (part <= bound)).all()) for part, bound in zip(sums, most))
-        if not within or not bool(((weights >= 0) & (weights <= COARSE)).all()):
+        if not within or not bool(((weights >= 0) & (weights <= int(COARSE) + MOST_CLIENTS)).all()):
             raise Rejection("other", "the round's sum is none of updates: somebody added something else, or masks did not cancel")
         rest = numbers
 

@@ -172,6 +172,11 @@ def check_sums(settings: Federation, chain: Chain) -> None:
     """
     if settings.aggregate is not None:
         raise ValueError(f"aggregate={type(settings.aggregate).__name__} looks at each client's update, and the server sees sums alone")
+    if settings.sampling == "poisson":
+        raise ValueError(
+            "sampling='poisson': a sum can be read only where enough clients came, so that it tells how many did, which ε does not count: "
+            "draw cohorts of a fixed size"
+        )
     if alone := [type(plugin).__name__ for plugin in chain.plugins if overrides(plugin, "narrow")]:
         raise ValueError(f"{alone[0]}: what a smaller module sends only the server can put in its place, and it sees sums alone")
 

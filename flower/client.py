@@ -112,7 +112,7 @@ def client_app(path: str | Path) -> ClientApp:
     @app.query("keys")
     def keys(message: Message, context: Context) -> Message:
         number, told = _asked(message, context)
-        secrets, public = Secrets.begun(number, told["round"])
+        secrets, public = Secrets.begun(number, told["round"], context)
         secrets.keep(context)
         return Message(written(json.dumps(public)), reply_to=message)
 

@@ -78,14 +78,18 @@ class Secrets:
         context.state[STATE] = ConfigRecord({"json": json.dumps(self._own)})
 
     @classmethod
-    def begun(cls, client: int, round: int) -> tuple[Secrets, list[str]]:
-        """New ones, and their public halves."""
+    def begun(cls, client: int, round: int, context: Context | None = None) -> tuple[Secrets, list[str]]:
+        """New ones, and their public halves; not of a round whose sum was told already in this run, as ``context`` knows."""
+        record: Any = context.state.config_records.get(STATE) if context else None
+        before = json.loads(record["json"]).get("told", -1) if record is not None else -1
+        if round <= before:
+            raise ValueError(f"client {client}: the sum of round {before} was told already, and round {round} is asked for anew")
         ways, public = [], []
         for _ in range(2):  # one to send shares by, one for masks
             key, other = generate_key_pairs()
             ways.append(key.private_numbers().private_value.to_bytes(48).hex())
             public.append(public_key_to_bytes(other).decode())
-        return cls(client, {"round": round, "keys": ways, "public": public, "own": os.urandom(32).hex()}), public
+        return cls(client, {"told": before, "round": round, "keys": ways, "public": public, "own": os.urandom(32).hex()}), public
 
     def shares(self, public: Mapping[str, list[str]]) -> Told:
         """For each other client, whose public keys are given, its share of both secrets, which nobody else can read."""
@@ -128,7 +132,7 @@ class Secrets:
             if (source, own) != (int(other), self.client):
                 raise ValueError(f"client {self.client}: a share of client {source} for client {own} came as one of client {other}")
             told[other] = both[other not in there].hex()
-        self._own = {}
+        self._own = {"told": self._own["round"]}
         return told
 
     def _way(self, public: str) -> bytes:
@@ -159,6 +163,22 @@ def unmasked(
         for other in there:
             total = total + pair(client, other, key, public[str(other)][1], size)  # what others added for it is its own, negated
     return total
+
+
+def check_public(text: str) -> None:
+    """Whether ``text`` is a public key as clients here send them.
+
+    Raises:
+        ValueError: it is none, or of another kind, or written otherwise.
+    """
+    try:
+        key = bytes_to_public_key(text.encode())
+        known = isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == ec.SECP384R1.name
+        same = known and public_key_to_bytes(key).decode() == text
+    except Exception as error:  # of a hostile key's encoding the library has many ways to say no
+        raise ValueError(f"a public key cannot be read ({type(error).__name__})") from error
+    if not same:
+        raise ValueError(f"a public key is not of {ec.SECP384R1.name}, or not written as Flower writes it")
 
 
 def _private(value: bytes) -> ec.EllipticCurvePrivateKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,14 +12,13 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 from torch import Tensor
 
 from featherlight.fed_loop.away import Reply, Request
 from featherlight.fed_loop.wire import unpack
 from featherlight.flower.asking import ask
 from featherlight.flower.records import written
-from featherlight.flower.secure import SHARES, needed, unmasked
+from featherlight.flower.secure import SHARES, check_public, needed, unmasked
 
 Answers = dict[int, tuple[str, bytes]]
 
@@ -54,6 +54,10 @@ class SummedUp:
             return found
 
         keys = {str(client): own for client, own in told("query.keys", _check_keys, {client: {} for client in by_client}).items()}
+        count = Counter(key for own in keys.values() for key in own)
+        for client in [client for client, own in keys.items() if any(count[key] > 1 for key in own)]:
+            del keys[client]
+            failed[int(client)] = "its public key came twice"
         most = needed(len(keys))
         named = partial(_check_named, keys.keys())
         shares = told("query.shares", named, {int(client): {"public": keys} for client in keys}) if len(keys) >= most else {}
@@ -115,7 +119,7 @@ def _check_keys(client: int, told: Any) -> None:
     if not isinstance(told, list) or len(told) != 2 or not all(isinstance(key, str) for key in told):
         raise ValueError("two public keys were asked for")
     for key in told:
-        bytes_to_public_key(key.encode())
+        check_public(key)
 
 
 def _check_named(names: Collection[str], client: int, told: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from featherlight.fed_loop import Median
 from featherlight.fed_loop.aggregate import Mean
+from featherlight.fed_loop.weighing import FixedMean
 from featherlight.fed_loop.wire import unpack
 from featherlight.plugins import LayerFreezing, PrismSampling, TopK
 
@@ -87,6 +88,17 @@ def test_a_client_rejects_its_own_update_where_the_server_would_have(net, points
     assert other.history[0]["clients"] == 3
 
 
+@pytest.mark.parametrize("over", [3, 5, 154, 175])
+def test_a_whole_round_of_clients_that_count_alike_is_a_sum(over):
+    like = {"a": torch.zeros(2)}
+    one, found = FixedMean(like, over), FixedMean(like, over)
+    one.add({"a": torch.tensor([0.5, -1.0])})
+    found.add_whole(one.whole() * over)
+    assert found.result()["a"].tolist() == pytest.approx([0.5, -1.0], rel=1e-12)
+    with pytest.raises(ValueError, match="none of updates"):
+        FixedMean(like, over).add_whole(one.whole() * 2 * over)
+
+
 def test_whole_numbers_add_up():
     like = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
     one, other, both = Mean(like), Mean(like), Mean(like)
@@ -106,6 +118,7 @@ def test_whole_numbers_add_up():
     [
         ([PrismSampling(0.5, layers=["blocks.*.linear"])], {}, "PrismSampling: what a smaller module sends"),
         ([], {"aggregate": Median()}, "aggregate=Median looks at each client's update"),
+        ([], {"sampling": "poisson", "cohort": 2}, "sampling='poisson': a sum can be read only where enough clients came"),
     ],
 )
 def test_what_needs_updates_one_by_one_is_refused(plugins, settings, why, net, points, federation):

@@ -6,6 +6,10 @@ import torch
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[test,flower]'")
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, RecordDict
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
 from featherlight.fed_loop import checkpoint
 from featherlight.fed_loop.wire import unpack
 from featherlight.flower.secure import Secrets, masks, needed, unmasked
@@ -162,16 +166,47 @@ def test_a_client_that_sends_rubbish_spoils_a_round_and_not_the_weights(configur
     assert all(torch.equal(value, last["server"][name]) for name, value in first["server"].items())
 
 
-@pytest.mark.parametrize("hostile", [{}, ["no key", "neither"]], ids=repr)
+def of_curve(curve):
+    return [public_key_to_bytes(ec.generate_private_key(curve).public_key()).decode() for _ in range(2)]
+
+
+NO_CURVE = "-----BEGIN PUBLIC KEY-----\nMBgwEwYHKoZIzj0CAQYIKoZIzj0DAWMDAQAA\n-----END PUBLIC KEY-----\n"
+HOSTILE = {
+    "no list": {},
+    "no keys": ["no key", "neither"],
+    "an unknown curve": [NO_CURVE, NO_CURVE],
+    "another curve": of_curve(ec.SECP256R1()),
+    "one key twice": of_curve(ec.SECP384R1())[:1] * 2,
+    "written otherwise": [key + "\n" for key in of_curve(ec.SECP384R1())],
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
 def test_an_answer_that_cannot_be_read_leaves_its_client_out(hostile, configured, serve, monkeypatch):
     from featherlight.flower import client
 
     class Hostile(Secrets):
         @classmethod
-        def begun(cls, number, round):
-            secrets, public = super().begun(number, round)
-            return secrets, hostile if number == 1 else public
+        def begun(cls, number, round, context=None):
+            secrets, public = super().begun(number, round, context)
+            return secrets, HOSTILE[hostile] if number == 1 else public
 
     monkeypatch.setattr(client, "Secrets", Hostile)
     there, _ = serve(configured(clients=4, rounds=1), NODES, secure=True)
     assert [(row["clients"], row["rejected"]) for row in server(there)["history"]] == [(3, 1)]
+
+
+def test_a_round_whose_sum_was_told_is_not_begun_anew(clients):
+    secrets, _, shares = clients
+    own, context = secrets[0], Context(1, 0, {}, RecordDict(), {})
+    own.masked(np.zeros(3, dtype=np.int64), to(0, shares, secrets))
+    own.keep(context)
+    Secrets.begun(0, 7, context)  # nothing was told
+    own.revealed(range(5))
+    own.keep(context)
+    with pytest.raises(ValueError, match="the sum of round 7 was told already"):
+        Secrets.begun(0, 7, context)
+    later, _ = Secrets.begun(0, 8, context)
+    later.keep(context)
+    with pytest.raises(ValueError, match="the sum of round 7 was told already"):
+        Secrets.begun(0, 7, context)
