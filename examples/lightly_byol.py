@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 
-class BYOL(L.LightningModule):
+class LightlyBYOL(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
@@ -52,7 +52,7 @@ def main():
     options = arguments(__doc__, epochs=4)
     views = BYOLTransform(BYOLView1Transform(input_size=options.image_size), BYOLView2Transform(input_size=options.image_size))
     loader, _ = pictures(options, views)
-    return compare(BYOL, loader, ways(options.epochs), options)
+    return compare(LightlyBYOL, loader, ways(options.epochs), options)
 
 
 if __name__ == "__main__":

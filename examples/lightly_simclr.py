@@ -22,7 +22,7 @@ from featherlight.callbacks import (
 )
 
 
-class SimCLR(L.LightningModule):
+class LightlySimCLR(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
@@ -57,7 +57,7 @@ def ways(epochs: int) -> Ways:
 def main():
     options = arguments(__doc__, epochs=4)
     loader, _ = pictures(options, SimCLRTransform(input_size=options.image_size))
-    return compare(SimCLR, loader, ways(options.epochs), options)
+    return compare(LightlySimCLR, loader, ways(options.epochs), options)
 
 
 if __name__ == "__main__":

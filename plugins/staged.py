@@ -204,9 +204,7 @@ class Staged(Plugin):
         """First period of each stage."""
         if self.periods is not None:
             if self.periods < n_stages:
-                raise ValueError(
-                    f"periods={self.periods} are too few for {n_stages} stages: give at least one for each, or more blocks_per_stage"
-                )
+                raise ValueError(f"periods={self.periods} are too few for {n_stages} stages: give one for each, or more blocks_per_stage")
             return [-(-self.periods * stage // n_stages) for stage in range(n_stages)]
         if isinstance(self.periods_per_stage, int):
             return [self.periods_per_stage * stage for stage in range(n_stages)]

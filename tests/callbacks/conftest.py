@@ -7,7 +7,6 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from group_normed import GroupNormed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -176,4 +175,6 @@ def same_state():
 
 @pytest.fixture
 def grouped(toy):
+    from group_normed import GroupNormed  # not where this file is read by a script
+
     return lambda **arguments: toy(encoder=GroupNormed, **arguments)

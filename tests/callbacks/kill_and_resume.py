@@ -46,6 +46,7 @@ def run(folder, kill_after=None):
     hear, say = fork.Pipe(duplex=False)
     process = fork.Process(target=train, args=(folder, say))
     process.start()
+    say.close()  # that it has ended is heard
     if kill_after is not None:
         for _ in range(int(kill_after)):
             hear.recv()

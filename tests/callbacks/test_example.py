@@ -111,6 +111,7 @@ ARGUMENTS = {
         "tail",
         "targets",
         "share_prefix",
+        "periods",
         "seed",
     },
     ProgressiveGrowth: {
@@ -124,6 +125,7 @@ ARGUMENTS = {
         "tail",
         "targets",
         "share_prefix",
+        "periods",
         "seed",
     },
     DepthDropout: {"blocks", "rate", "max_kept", "every", "scale", "targets", "seed"},

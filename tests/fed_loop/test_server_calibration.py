@@ -289,7 +289,7 @@ def test_a_model_that_learns_from_labels_needs_the_servers(tmp_path, federation)
         federation(1).run(model, data, [ServerCalibration()])
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"lr_factor": 0.0}])
+@pytest.mark.parametrize("options", [{"epochs": -1}, {"lr_factor": 0.0}])
 def test_arguments_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ServerCalibration(**options)
