@@ -55,9 +55,9 @@ class SummedUp:
 
         keys = {str(client): own for client, own in told("query.keys", _check_keys, {client: {} for client in by_client}).items()}
         count = Counter(key for own in keys.values() for key in own)
-        for client in [client for client, own in keys.items() if any(count[key] > 1 for key in own)]:
-            del keys[client]
-            failed[int(client)] = "its public key came twice"
+        for name in [name for name, own in keys.items() if any(count[key] > 1 for key in own)]:
+            del keys[name]
+            failed[int(name)] = "its public key came twice"
         most = needed(len(keys))
         named = partial(_check_named, keys.keys())
         shares = told("query.shares", named, {int(client): {"public": keys} for client in keys}) if len(keys) >= most else {}
