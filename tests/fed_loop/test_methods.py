@@ -164,7 +164,7 @@ def test_elements_that_nobody_sent_stay_bit_for_bit(net, points, federation):
     assert not torch.equal(one[::2], other[::2])
 
 
-class Proximal(Plugin):
+class HeldNear(Plugin):
     """μ/2 · ‖w − w₀‖² (FedProx, arXiv 1812.06127), w₀ as the client received it."""
 
     def __init__(self, mu):
@@ -182,7 +182,7 @@ class Proximal(Plugin):
 
 def test_an_extra_loss_is_added(net, points, federation):
     data, module, server = points(SIZES), net(sgd), net(sgd)
-    federation(1).run(module, data, [Proximal(2.0)])
+    federation(1).run(module, data, [HeldNear(2.0)])
 
     def proximal(model):
         return sum((value - server.get_parameter(name)).square().sum() for name, value in model.named_parameters())
