@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,12 @@ def a_trainer_each(model: nn.Module, work: Work) -> list[Tensor]:
     from torch.utils.data import DataLoader
 
     plain: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    net, parameters = Net(model), list(model.parameters())
-    server = [value.detach().clone() for value in parameters]
-    for _ in range(work.rounds):
-        total = [torch.zeros_like(value) for value in server]
-        for batches in work.batches:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, server)
-            Trainer(max_epochs=1, accelerator="cpu", devices=1, **plain).fit(net, DataLoader(batches, batch_size=None))
-            with torch.no_grad():
-                torch._foreach_add_(total, parameters, alpha=1 / len(work.batches))
-        server = total
-    return server
+    net = Net(model)
+
+    def turn(batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        Trainer(max_epochs=1, accelerator="cpu", devices=1, **plain).fit(net, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+    return bare(model, work, turn=turn)
 
 
 class Peer:

@@ -75,24 +75,32 @@ class Work:
         return self.rounds * len(self.batches)
 
 
-def bare(model: nn.Module, work: Work, device: str = "cpu", fabric: Fabric | None = None) -> list[Tensor]:
+Turn = Callable[[Sequence[tuple[Tensor, Tensor]]], object]
+"""A client's batches → its steps, taken on the model."""
+
+
+def bare(model: nn.Module, work: Work, device: str = "cpu", fabric: Fabric | None = None, turn: Turn | None = None) -> list[Tensor]:
     """FedAvg as a notebook writes it, and no more: weights in, steps, a running sum. Clients have equally many samples. With ``fabric``
-    that sets model and optimizer up, once."""
+    that sets model and optimizer up, once; with ``turn`` in place of the plain steps."""
     model = model.to(device)
     parameters = list(model.parameters())
     optimizer: Any = torch.optim.SGD(parameters, LR)
     call, backward = (model, Tensor.backward) if fabric is None else (fabric.setup_module(model), fabric.backward)
     optimizer = optimizer if fabric is None else fabric.setup_optimizers(optimizer)
+
+    def steps(batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            backward(cross_entropy(call(x), y))
+            optimizer.step()
+
     server = [value.detach().clone() for value in parameters]
     for _ in range(work.rounds):
         total = [torch.zeros_like(value) for value in server]
         for batches in work.batches:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, server)
-            for x, y in batches:
-                optimizer.zero_grad()
-                backward(cross_entropy(call(x), y))
-                optimizer.step()
+            (turn or steps)(batches)
             with torch.no_grad():
                 torch._foreach_add_(total, parameters, alpha=1 / len(work.batches))
         server = total

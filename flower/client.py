@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,11 @@ def client_app(path: str | Path) -> ClientApp:
 
     @app.query("shares")
     def shares(message: Message, context: Context) -> Message:
-        number, told = _asked(message, context)
-        secrets = Secrets.kept(number, context, told["round"])
-        sent = secrets.shares(told["public"])
-        secrets.keep(context)
-        return Message(written(json.dumps(sent)), reply_to=message)
+        return _of_secrets(message, context, lambda secrets, told: secrets.shares(told["public"]))
 
     @app.query("unmask")
     def unmask(message: Message, context: Context) -> Message:
-        number, told = _asked(message, context)
-        secrets = Secrets.kept(number, context, told["round"])
-        revealed = secrets.revealed(told["survived"])
-        secrets.keep(context)
-        return Message(written(json.dumps(revealed)), reply_to=message)
+        return _of_secrets(message, context, lambda secrets, told: secrets.revealed(told["survived"]))
 
     return app
 
@@ -138,6 +130,15 @@ def client_app(path: str | Path) -> ClientApp:
 def _asked(message: Message, context: Context) -> tuple[int, dict[str, Any]]:
     """Which client this is, and what it is asked."""
     return int(context.node_config[NUMBER]), json.loads(read(message.content)[0])
+
+
+def _of_secrets(message: Message, context: Context, told_of: Callable[[Secrets, dict[str, Any]], dict[str, Any]]) -> Message:
+    """What a client tells of the secrets of the round that it is asked about."""
+    number, told = _asked(message, context)
+    secrets = Secrets.kept(number, context, told["round"])
+    content = told_of(secrets, told)
+    secrets.keep(context)
+    return Message(written(json.dumps(content)), reply_to=message)
 
 
 def _masked(client: int, round: int, message: Message, context: Context, payload: bytes) -> bytes:
